@@ -1,0 +1,1 @@
+"""Data sources, bundled samples and the step-indexed input pipeline."""

@@ -1,0 +1,1 @@
+"""Key/value cache, sampling, guidance and the jitted decode loop."""

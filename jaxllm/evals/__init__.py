@@ -1,0 +1,1 @@
+"""Metrics that need no model of ours: statistics with intervals, image and text metrics."""

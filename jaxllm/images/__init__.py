@@ -1,0 +1,1 @@
+"""The DnD-Transformer system: image tokenizer, code models, sampling, scoring, reports."""

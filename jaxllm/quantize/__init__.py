@@ -1,0 +1,1 @@
+"""Vector quantizers as pure functions with explicit state."""
