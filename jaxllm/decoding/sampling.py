@@ -1,0 +1,69 @@
+"""From logits to a token: temperature, top-k, top-p, and one key per row.
+
+The order is temperature, then top-k, then top-p with the first token that crosses p kept. A row's
+draw depends on its own key and logits only, never on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.errors import InputError
+
+
+def check_filters(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises InputError unless temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1."""
+    if not temperature >= 0:
+        raise InputError(f"temperature {temperature} must be 0 (greedy) or more")
+    if top_k < 0:
+        raise InputError(f"top_k {top_k} must be 0 (off) or more")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p {top_p} must be above 0 and at most 1 (1 is off)")
+
+
+def filter_logits(logits: jax.Array, *, top_k: int = 0, top_p: jax.Array | float = 1.0) -> jax.Array:
+    """Sets logits [..., V] outside the top-k and the nucleus of mass `top_p` to -inf.
+
+    `top_k` is static, 0 turns it off; `top_p` may be traced.
+    """
+    size = logits.shape[-1]
+    if 0 < top_k < size:
+        kth = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if isinstance(top_p, float) and top_p >= 1.0:
+        return logits
+    descending = -jnp.sort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    threshold = jnp.take_along_axis(descending, kept - 1, axis=-1)
+    # A top_p of 1 must keep everything even where the cumulative sum rounds to 1 early.
+    return jnp.where((logits < threshold) & (top_p < 1.0), -jnp.inf, logits)
+
+
+def sample_token(
+    keys: jax.Array,
+    logits: jax.Array,
+    *,
+    temperature: jax.Array | float = 1.0,
+    top_k: int = 0,
+    top_p: jax.Array | float = 1.0,
+) -> jax.Array:
+    """Draws one token per row.
+
+    Args:
+      keys: Typed keys [B], one per row.
+      logits: float32 [B, V].
+      temperature: Scalar, traced or not; 0 takes the most likely token.
+      top_k: Static, 0 is off.
+      top_p: Scalar in (0, 1].
+
+    Returns:
+      int32 [B].
+    """
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    filtered = filter_logits(scaled, top_k=top_k, top_p=top_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered)
+    return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)

@@ -1,0 +1,60 @@
+"""Log-probabilities over a vocabulary without ever holding [B, T, V].
+
+Shared by pre-training, code models, preference losses and verifiers: all of them need only the
+log-probability of given tokens, so logits are formed for one chunk of tokens at a time and formed
+again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def token_log_probs(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    chunk: int = 1024,
+    with_accuracy: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Returns log p(target) of each token, float32 with the shape of `targets`.
+
+    Args:
+      hidden: [..., D] final activations, any compute dtype.
+      kernel: [D, V] output projection.
+      targets: int [...] token ids; ids outside [0, V) give the log-probability of a clamped id,
+        so callers mask them.
+      bias: [V] or None.
+      chunk: Tokens whose logits exist at the same time.
+      with_accuracy: Also return whether each target is the most likely token, bool [...].
+    """
+    dim = hidden.shape[-1]
+    flat, ids = hidden.reshape(-1, dim), targets.reshape(-1)
+    tokens = flat.shape[0]
+    chunk = min(chunk, tokens)
+    chunks = -(-tokens // chunk)
+    padding = chunks * chunk - tokens
+
+    @jax.checkpoint
+    def one_chunk(part: jax.Array, part_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.einsum("td,dv->tv", part, kernel.astype(part.dtype))
+        logits = logits.astype(jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        picked = jnp.take_along_axis(logits, part_ids[:, None], axis=-1, mode="clip")[:, 0]
+        log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
+        return log_probs, jax.lax.stop_gradient(jnp.argmax(logits, axis=-1) == part_ids)
+
+    if chunks == 1:
+        log_probs, correct = one_chunk(flat, ids)
+    else:
+        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, chunk, dim)
+        ids = jnp.pad(ids, (0, padding)).reshape(chunks, chunk)
+        log_probs, correct = jax.lax.map(lambda args: one_chunk(*args), (flat, ids))
+    log_probs = log_probs.reshape(-1)[:tokens].reshape(targets.shape)
+    if not with_accuracy:
+        return log_probs
+    return log_probs, correct.reshape(-1)[:tokens].reshape(targets.shape)

@@ -1,0 +1,65 @@
+"""What a system gives to the training loop (and to the planner): a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.data.pipeline import Batches
+from jaxllm.parallel.mesh import MeshConfig
+from jaxllm.parallel.sharding import Rules
+from jaxllm.training.state import TrainState
+from jaxllm.training.step import StepFn
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long a run is and what it does on the way."""
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 0
+    """Steps between evaluations; 0 for only at the end."""
+    sample_every: int = 0
+    """Steps between sample pictures; 0 for only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    trackers: tuple[str, ...] = ()
+    """Besides metrics.jsonl: tensorboard, wandb."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a profiler trace written to the run folder."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training stage, ready to run.
+
+    The loop knows no system: everything it needs is here.
+    """
+
+    name: str
+    config: Any
+    """The frozen dataclass that made this job; written to config.json."""
+    loop: LoopConfig
+    mesh: MeshConfig
+    init: Callable[[jax.Array], TrainState]
+    """key -> the state before the first step; traceable."""
+    step: StepFn
+    batches: Batches
+    rules: Rules
+    """Path regex -> logical axes of each parameter."""
+    unit: str = "images"
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    sample: Callable[[TrainState, Path], None] | None = None
+    """Writes pictures of the current model to a path without its ending."""
+    identity: Any = None
+    """The part of the config that a checkpoint must share to be resumed, usually the model's."""
