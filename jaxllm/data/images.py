@@ -172,10 +172,14 @@ def _finish(
         rows.append(_rows_of_split(mine, split) if cut else mine)
         if not len(rows[-1]):
             raise InputError(f"class {names[label]!r} has {len(mine)} images, too few for {split}")
-    if split == "train" and config.balanced:
-        most = max(len(part) for part in rows)
-        rows = [np.resize(part, most) for part in rows]
-    return Subset(source, np.concatenate(rows), config.unconditional)
+    chosen = balance(rows) if split == "train" and config.balanced else np.concatenate(rows)
+    return Subset(source, chosen, config.unconditional)
+
+
+def balance(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the rows of all classes, those of rarer ones repeated up to the largest class."""
+    most = max(len(part) for part in rows)
+    return np.concatenate([np.resize(part, most) for part in rows])
 
 
 def _rows_of_split(rows: np.ndarray, split: Split) -> np.ndarray:

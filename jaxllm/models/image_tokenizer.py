@@ -19,7 +19,7 @@ from jaxllm.errors import InputError
 from jaxllm.nn.conv import Conv, Downsample, ResnetBlock, SpatialAttention, Upsample
 from jaxllm.nn.module import Buffer
 from jaxllm.nn.norm import GroupNorm
-from jaxllm.quantize import QuantizeOutput, ResidualVQ
+from jaxllm.quantize import BSQ, FSQ, LFQ, QuantizeOutput, ResidualVQ, SimVQ
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class ImageTokenizerConfig:
     """Groups of every GroupNorm."""
     latent_dim: int = 256
     """Channels between the networks and the 1x1 convolutions."""
-    quantizer: ResidualVQ = field(default_factory=ResidualVQ)
+    quantizer: ResidualVQ | FSQ | LFQ | BSQ | SimVQ = field(
+        default_factory=lambda: ResidualVQ(codebook_size=16384, code_dim=256, depth=2)
+    )
     remat: bool = False
     """Recompute each residual block in the backward pass."""
 

@@ -141,14 +141,18 @@ def _splash(
 
 
 class SelfAttention(nnx.Module):
-    """Projections around attention: one fused bias-free qkv kernel and an output kernel."""
+    """Projections around attention: one fused bias-free qkv kernel and an output kernel.
+
+    `qkv` is [D, K, G + 2, H]: for each key/value head its G query heads, its key and its value, so
+    that splitting the heads over devices keeps what belongs together on one of them.
+    """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, std: float, rngs: nnx.Rngs
     ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        width = heads + 2 * kv_heads
-        self.qkv = nnx.Param(std * jax.random.normal(rngs.params(), (dim, width, head_dim)))
+        shape = (dim, kv_heads, heads // kv_heads + 2, head_dim)
+        self.qkv = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.out = nnx.Param(std * jax.random.normal(rngs.params(), (heads, head_dim, dim)))
 
     def __call__(
@@ -162,8 +166,9 @@ class SelfAttention(nnx.Module):
           attention: What to do with q [B, T, N, H] and k, v [B, T, K, H]; a decode step passes a
             function that appends to a cache, training passes `attend` with `causal=True`.
         """
-        qkv = jnp.einsum("btd,dnh->btnh", x, self.qkv[...].astype(x.dtype))
-        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        qkv = jnp.einsum("btd,dkgh->btkgh", x, self.qkv[...].astype(x.dtype))
+        q = qkv[..., :-2, :].reshape(*x.shape[:2], self.heads, self.head_dim)
+        k, v = qkv[..., -2, :], qkv[..., -1, :]
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         mixed = attention(q, k, v)

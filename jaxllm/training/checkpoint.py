@@ -106,3 +106,17 @@ def as_dict(state: TrainState) -> dict[str, Any]:
 def from_dict(tree: dict[str, Any]) -> TrainState:
     """The inverse of `as_dict`."""
     return TrainState(**{"ema": None, "extra": {}, "opt_state": {}, **tree})
+
+
+def read_newest(directory: Path) -> dict[str, Any]:
+    """Loads the newest checkpoint of a run as host arrays, whatever mesh it was saved from."""
+    checkpoints = Checkpoints(directory, keep=10**6) if directory.is_dir() else None
+    steps = checkpoints.steps() if checkpoints else []
+    if checkpoints is None or not steps:
+        raise InputError(f"{directory}: no checkpoint; has the run saved yet?")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    metadata = checkpoints._orbax.metadata(steps[-1]).metadata
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
+    )
+    return checkpoints._orbax.load(steps[-1], abstract)

@@ -18,6 +18,7 @@ import platform
 import types
 import typing
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,12 +53,21 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     Raises:
       InputError: For an unknown key (with the nearest known ones) or a value of another type.
     """
+    parse = partial(
+        tyro.cli,
+        type(config),
+        default=config,
+        args=list(arguments),
+        prog="CONFIG",
+        # A union of dataclasses keeps the member that the config file chose.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     if "--help" in arguments or "-h" in arguments:
-        tyro.cli(type(config), default=config, args=list(arguments), prog="CONFIG")
+        parse()
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
-            return tyro.cli(type(config), default=config, args=list(arguments), prog="CONFIG")
+            return parse()
     except SystemExit:
         raise InputError(_explain(config, arguments, captured.getvalue())) from None
 
@@ -121,7 +131,10 @@ def from_plain(kind: Any, value: Any, where: str = "config") -> Any:
         if value is None:
             return None
         options = [option for option in arguments if option is not type(None)]
-        return from_plain(options[0], value, where)
+        for option in options[:-1]:
+            with contextlib.suppress(InputError, TypeError):
+                return from_plain(option, value, where)
+        return from_plain(options[-1], value, where)
     if origin is tuple:
         inner = arguments[0]
         many = len(arguments) == 2 and arguments[1] is Ellipsis

@@ -1,0 +1,207 @@
+"""The job that trains a model over codes, and the exact log-probabilities of given codes.
+
+The loss is the plain cross-entropy, averaged over batch, cells and depth with equal weight for
+every depth (section 3.2 of arXiv:2410.01912). Logits exist for one chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.data.pipeline import Batches, padded_batches
+from jaxllm.decoding.code_stacks import check_range
+from jaxllm.errors import InputError
+from jaxllm.images.codes import CodeSource, DrawCrop, open_codes
+from jaxllm.images.config import CodeModelRun, RQTransformerRun
+from jaxllm.models.code_model import CODE_MODEL_RULES, code_model
+from jaxllm.models.rq_transformer import RQTransformerConfig
+from jaxllm.nn.module import Blueprint
+from jaxllm.nn.precision import compute_dtype
+from jaxllm.nn.vocabulary import token_log_probs
+from jaxllm.training.job import Job
+from jaxllm.training.optimizer import make_optimizer
+from jaxllm.training.state import TrainState, new_state
+from jaxllm.training.step import Batch, Metrics, make_step
+
+EVAL_BATCH = 64
+AnyCodeRun = CodeModelRun | RQTransformerRun
+
+
+def code_log_probs(
+    model: Any,
+    codes: jax.Array,
+    class_ids: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    chunk: int = 4096,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns log p of every code given all before it, and whether it was the most likely.
+
+    Args:
+      model: A code model.
+      codes: int [B, cells, C].
+      class_ids: int [B].
+      key: Turns dropout on.
+      chunk: Cells whose logits exist at the same time.
+
+    Returns:
+      float32 [B, cells, C] in nats and bool [B, cells, C].
+    """
+    hidden = model.hidden(codes, class_ids, key=key)
+    parts = [
+        token_log_probs(h, model.head_kernel(i), codes[..., i], chunk=chunk, with_accuracy=True)
+        for i, h in enumerate(hidden)
+    ]
+    log_probs, correct = zip(*parts, strict=True)
+    return jnp.stack(log_probs, axis=-1), jnp.stack(correct, axis=-1)
+
+
+def code_loss(model: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean cross-entropy with class dropout; metrics per depth, NLL in nats per image."""
+    drop_key, dropout_key = jax.random.split(rng)
+    classes = batch["label"]
+    if model.config.null_class is not None:
+        dropped = jax.random.bernoulli(drop_key, model.config.class_dropout, classes.shape)
+        classes = jnp.where(dropped, model.config.null_class, classes)
+    log_probs, correct = code_log_probs(model, batch["codes"], classes, key=dropout_key)
+    return -jnp.mean(log_probs), depth_metrics(log_probs, correct)
+
+
+def depth_metrics(log_probs: jax.Array, correct: jax.Array) -> Metrics:
+    """Summarises [B, cells, C]: NLL in nats per image, total and by depth, accuracy by depth."""
+    nll = -jnp.mean(jnp.sum(log_probs, axis=1), axis=0)
+    accuracy = jnp.mean(correct, axis=(0, 1))
+    by_depth = {f"nll_depth{i + 1}": value for i, value in enumerate(nll)}
+    return {
+        "nll": jnp.sum(nll),
+        **by_depth,
+        **{f"accuracy_depth{i + 1}": value for i, value in enumerate(accuracy)},
+    }
+
+
+def code_model_job(run: AnyCodeRun) -> Job:
+    """Returns the job that trains `run.model` on the code cache of `run.data`."""
+    folder = Path(run.data.cache)
+    train_codes = open_codes(folder / "train")
+    validation = open_codes(folder / "validation").first_crops()
+    check_codes(run, train_codes)
+    blueprint = code_model(run.model, compute_dtype(run.precision))
+    optimizer = make_optimizer(run.optimizer, run.loop.steps)
+    score = CodeScorer(blueprint.build)
+    best = BestParams() if run.keep_best else None
+
+    def init(key: jax.Array) -> TrainState:
+        params, extra = blueprint.init(key)
+        if isinstance(run.model, RQTransformerConfig):
+            extra = {**extra, "codebook": jnp.asarray(train_codes.codebook)}
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        metrics = score.summary(state.best_params, state.extra, validation)
+        if best is not None:
+            best.offer(metrics["nll"], state)
+        return metrics
+
+    return Job(
+        name="rq_transformer" if isinstance(run, RQTransformerRun) else "dnd",
+        config=run,
+        loop=run.loop,
+        mesh=run.mesh,
+        init=init,
+        step=make_step(code_loss, blueprint.build, optimizer, run.optimizer),
+        batches=Batches(
+            train_codes.balanced() if run.data.balanced else train_codes,
+            run.data.batch_size,
+            run.loop.seed,
+            DrawCrop(run.data.random_crop),
+            hosts=(jax.process_index(), jax.process_count()),
+        ),
+        rules=CODE_MODEL_RULES,
+        evaluate=evaluate,
+        identity=run.model,
+    )
+
+
+def check_codes(run: AnyCodeRun, source: CodeSource) -> None:
+    """Raises InputError where the model does not fit the codes it is to be trained on."""
+    model, meta = run.model, source.meta
+    wanted = {
+        "codebook_size": model.codebook_size,
+        "depth": model.depth,
+        "grid": list(model.grid),
+        "classes": model.num_classes,
+    }
+    found = {**{k: meta[k] for k in ("codebook_size", "depth", "grid")}}
+    found["classes"] = len(meta["class_names"])
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise InputError(
+                f"{run.data.cache}: the codes have {name} {found[name]}, the model has {value}"
+            )
+    if isinstance(model, RQTransformerConfig):
+        shape = None if source.codebook is None else source.codebook.shape
+        expected = (model.depth, model.codebook_size, model.code_dim)
+        if shape != expected:
+            raise InputError(f"{run.data.cache}: codebook.npy is {shape}, expected {expected}")
+
+
+class CodeScorer:
+    """A compiled scorer of given codes; compiles once per batch shape."""
+
+    def __init__(self, build: Callable[[Any, Any], Any]):
+        self.build = build
+        self._run = jax.jit(lambda p, e, codes, ids: code_log_probs(build(p, e), codes, ids))
+
+    def __call__(
+        self, params: Any, extra: Any, codes: np.ndarray, class_ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns log-probabilities float32 [n, cells, C] and correctness bool [n, cells, C].
+
+        Raises:
+          InputError: For codes of another shape, a code outside the codebook or a class id outside
+            its range.
+        """
+        config = jax.eval_shape(self.build, params, extra).config
+        codes, class_ids = np.asarray(codes), np.asarray(class_ids)
+        if codes.shape[1:] != (config.cells, config.depth):
+            raise InputError(
+                f"codes have shape {codes.shape[1:]}, expected ({config.cells}, {config.depth})"
+            )
+        check_range("code", codes, config.codebook_size)
+        limit = config.num_classes + (config.null_class is not None)
+        check_range("class id", class_ids, limit)
+        rows = {"codes": codes.astype(np.int32), "label": class_ids.astype(np.int32)}
+        parts = []
+        for batch, real in padded_batches(rows, EVAL_BATCH):
+            out = self._run(params, extra, batch["codes"], batch["label"])
+            parts.append([np.asarray(x)[:real] for x in out])
+        log_probs, correct = zip(*parts, strict=True)
+        return np.concatenate(log_probs), np.concatenate(correct)
+
+    def summary(self, params: Any, extra: Any, examples: dict[str, np.ndarray]) -> dict[str, float]:
+        """Returns NLL in nats per image by depth, bits per code and accuracy by depth."""
+        log_probs, correct = self(params, extra, examples["codes"], examples["label"])
+        metrics = {k: float(v) for k, v in depth_metrics(log_probs, correct).items()}
+        return {**metrics, "bits_per_code": float(-np.mean(log_probs) / np.log(2))}
+
+
+class BestParams:
+    """Keeps the parameters of the lowest validation NLL seen so far, on the host."""
+
+    def __init__(self) -> None:
+        self.nll, self.step, self.params = float("inf"), 0, None
+
+    def offer(self, nll: float, state: TrainState) -> None:
+        """Takes the state's parameters when `nll` is the lowest yet."""
+        if nll < self.nll:
+            self.nll, self.step = nll, int(state.step)
+            self.params = jax.tree.map(np.asarray, state.best_params)
+
+
