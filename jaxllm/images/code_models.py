@@ -95,7 +95,6 @@ def code_model_job(run: AnyCodeRun) -> Job:
     blueprint = code_model(run.model, compute_dtype(run.precision))
     optimizer = make_optimizer(run.optimizer, run.loop.steps)
     score = CodeScorer(blueprint.build)
-    best = BestParams() if run.keep_best else None
 
     def init(key: jax.Array) -> TrainState:
         params, extra = blueprint.init(key)
@@ -104,10 +103,7 @@ def code_model_job(run: AnyCodeRun) -> Job:
         return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        metrics = score.summary(state.best_params, state.extra, validation)
-        if best is not None:
-            best.offer(metrics["nll"], state)
-        return metrics
+        return score.summary(state.best_params, state.extra, validation)
 
     return Job(
         name="rq_transformer" if isinstance(run, RQTransformerRun) else "dnd",
@@ -190,18 +186,3 @@ class CodeScorer:
         log_probs, correct = self(params, extra, examples["codes"], examples["label"])
         metrics = {k: float(v) for k, v in depth_metrics(log_probs, correct).items()}
         return {**metrics, "bits_per_code": float(-np.mean(log_probs) / np.log(2))}
-
-
-class BestParams:
-    """Keeps the parameters of the lowest validation NLL seen so far, on the host."""
-
-    def __init__(self) -> None:
-        self.nll, self.step, self.params = float("inf"), 0, None
-
-    def offer(self, nll: float, state: TrainState) -> None:
-        """Takes the state's parameters when `nll` is the lowest yet."""
-        if nll < self.nll:
-            self.nll, self.step = nll, int(state.step)
-            self.params = jax.tree.map(np.asarray, state.best_params)
-
-

@@ -111,8 +111,6 @@ class CodeModelRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     precision: Precision = "auto"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    keep_best: bool = False
-    """Hand on the parameters with the lowest validation NLL instead of the last ones."""
 
 
 @dataclass(frozen=True)
@@ -126,4 +124,3 @@ class RQTransformerRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     precision: Precision = "auto"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    keep_best: bool = False

@@ -16,7 +16,7 @@ Run = TypeVar("Run")
 
 
 def load_params(run_dir: Path, kind: type[Run]) -> tuple[Run, Any, Any]:
-    """Returns (config, params, extra) of a run; averaged parameters where the run keeps them.
+    """Returns (config, params, extra) of a run; averaged and best where the run keeps such.
 
     Raises:
       InputError: If the folder is not a run, is a run of another kind, or has no checkpoint.
@@ -26,7 +26,8 @@ def load_params(run_dir: Path, kind: type[Run]) -> tuple[Run, Any, Any]:
         run = from_plain(kind, saved["config"], str(run_dir / "config.json"))
     except (TypeError, KeyError) as error:
         raise InputError(f"{run_dir}: a {saved.get('job')!r} run, not {kind.__name__}") from error
-    tree = read_newest(run_dir / "checkpoints")
+    best = run_dir / "best"
+    tree = read_newest(best if best.is_dir() else run_dir / "checkpoints")
     params = tree.get("ema", tree["params"])
     return run, jax.tree.map(jax.numpy.asarray, params), tree.get("extra", {})
 

@@ -145,7 +145,7 @@ def tokenizer_step(
             out = model.quantize(model.encode(images), train=True, key=step_key)
             vectors = model.post_quant_conv(out.quantized.astype(model.dtype))
             features = model.decoder.trunk(vectors)
-            decoded = model.decoder.conv_out(features).astype(jnp.float32)
+            decoded = model.decoder.last(features).astype(jnp.float32)
             quantizer_loss = run.model.quantizer.total_loss(out.losses)
             return (decoded, quantizer_loss), (features, out)
 
@@ -205,18 +205,12 @@ def last_kernel_gradient(
     model: ImageTokenizer, features: jax.Array, towards: jax.Array
 ) -> jax.Array:
     """Returns the gradient of the decoder's last kernel for a cotangent of the image."""
-    conv = model.decoder.conv_out
+    decoder = model.decoder
 
     def last(kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            features,
-            kernel.astype(features.dtype),
-            (1, 1),
-            conv.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        ).astype(jnp.float32)
+        return decoder.last(features, kernel).astype(jnp.float32)
 
-    return jax.vjp(last, conv.kernel[...])[1](towards)[0]
+    return jax.vjp(last, decoder.conv_out.kernel[...])[1](towards)[0]
 
 
 def discriminator_gradient(

@@ -41,11 +41,16 @@ class Conv(nnx.Module):
         self.has_bias = bias
         self.stride, self.padding = stride, padding
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, h, w, in] to [B, h / stride, w / stride, out] in the dtype of `x`."""
+    def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """Maps [B, h, w, in] to [B, h / stride, w / stride, out] in the dtype of `x`.
+
+        A `kernel` of the same shape takes the place of the layer's own, for whoever needs the
+        derivative to this one kernel.
+        """
+        kernel = self.kernel[...] if kernel is None else kernel
         y = jax.lax.conv_general_dilated(
             x,
-            self.kernel[...].astype(x.dtype),
+            kernel.astype(x.dtype),
             window_strides=(self.stride, self.stride),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -31,6 +31,8 @@ class LoopConfig:
     """Steps between checkpoints; 0 for only at the end."""
     keep: int = 2
     """Checkpoints kept."""
+    keep_best: str | None = None
+    """Name of the evaluation metric whose lowest value so far keeps its checkpoint in `best/`."""
     trackers: tuple[str, ...] = ()
     """Besides metrics.jsonl: tensorboard, wandb."""
     profile: tuple[int, int] | None = None

@@ -25,7 +25,7 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.job import Job
-from jaxllm.training.log import MetricsLog, Progress
+from jaxllm.training.log import MetricsLog, Progress, read_metrics
 from jaxllm.training.run_folder import (
     check_identity,
     to_plain,
@@ -101,6 +101,7 @@ def train(job: Job, workdir: Path) -> Result:
             resume_step=start,
             trackers=loop.trackers if main_process else (),
         )
+        best = Best(loop.keep_best, workdir, metadata) if loop.keep_best else None
         progress = Progress(job.name, loop.steps, start, job.unit)
         pending: Pending | None = None
         names: list[str] = []
@@ -134,7 +135,7 @@ def train(job: Job, workdir: Path) -> Result:
                         pending = Pending(step, start, metrics, state.first_bad, job, clock)
                     if loop.eval_every and due(step, loop.eval_every, 0) and step < loop.steps:
                         with clock.during("eval"):
-                            last_eval = evaluate(job, state, step, log)
+                            last_eval = evaluate(job, state, step, log, best)
                     if loop.sample_every and due(step, loop.sample_every, 0) and job.sample:
                         with clock.during("eval"):
                             job.sample(state, folder(workdir, "samples") / f"step{step:07d}")
@@ -153,7 +154,7 @@ def train(job: Job, workdir: Path) -> Result:
                 checkpoints.save(state, step, wait=True)
             if finished and step > start:
                 with clock.during("eval"):
-                    last_eval = evaluate(job, state, step, log)
+                    last_eval = evaluate(job, state, step, log, best)
                     if job.sample:
                         job.sample(state, folder(workdir, "samples") / f"step{step:07d}")
         finally:
@@ -190,13 +191,36 @@ def due(step: int, every: int, last: int) -> bool:
     return (every > 0 and step % every == 0) or step == last
 
 
-def evaluate(job: Job, state: TrainState, step: int, log: MetricsLog) -> dict[str, float]:
-    """Runs the job's evaluation and logs it under `eval/`."""
+def evaluate(
+    job: Job, state: TrainState, step: int, log: MetricsLog, best: Best | None
+) -> dict[str, float]:
+    """Runs the job's evaluation, logs it under `eval/` and keeps the best checkpoint."""
     if job.evaluate is None:
         return {}
     values = {f"eval/{name}": float(value) for name, value in job.evaluate(state).items()}
     log.write(step, values)
+    if best is not None:
+        best.offer(values, state, step)
     return values
+
+
+class Best:
+    """The checkpoint with the lowest value of one evaluation metric, in the folder `best`."""
+
+    def __init__(self, metric: str, workdir: Path, metadata: dict[str, Any]):
+        self.metric = f"eval/{metric}"
+        rows = read_metrics(workdir / "metrics.jsonl")
+        seen = [row[self.metric] for row in rows if row.get(self.metric) is not None]
+        self.lowest = min(seen, default=float("inf"))
+        self.checkpoints = Checkpoints(workdir / "best", keep=1, metadata=metadata)
+
+    def offer(self, values: dict[str, float], state: TrainState, step: int) -> None:
+        """Saves `state` when its value is the lowest so far."""
+        if self.metric not in values:
+            raise InputError(f"loop.keep_best {self.metric!r} is not one of {sorted(values)}")
+        if values[self.metric] < self.lowest:
+            self.lowest = values[self.metric]
+            self.checkpoints.save(state, step, wait=True)
 
 
 def raise_if_bad(first_bad: jax.Array, names: list[str], workdir: Path) -> None:
