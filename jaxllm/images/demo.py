@@ -1,0 +1,186 @@
+"""The whole system on bundled images: classifier, tokenizer, codes, code model, samples, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.data.pipeline import Batch
+from jaxllm.decoding.code_stacks import SamplingConfig
+from jaxllm.errors import InputError
+from jaxllm.images.classifier import Scorer, classifier_job, held_out
+from jaxllm.images.code_models import CodeScorer, code_model_job
+from jaxllm.images.codes import Crops, extract_codes, open_codes
+from jaxllm.images.config import ClassifierRun, CodeModelRun, TokenizerRun
+from jaxllm.images.pictures import save_grid
+from jaxllm.images.reconstruct import measure_tokenizer, save_reconstructions
+from jaxllm.images.report import Report, write_report
+from jaxllm.images.runs import replace_in
+from jaxllm.images.sample import Decoder, Generator
+from jaxllm.images.score import equal_per_class, score_table
+from jaxllm.images.tokenizer import tokenizer_job
+from jaxllm.plots import plot_runs
+from jaxllm.training.job import Job
+from jaxllm.training.loop import train
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """Every stage of the demo; `--code-model.loop.steps 400` reaches any setting."""
+
+    scorer: ClassifierRun
+    """Judges the samples; takes no part in training anything."""
+    perceptual: ClassifierRun
+    """Another seed of the same network, whose features enter the tokenizer's loss."""
+    tokenizer: TokenizerRun
+    code_model: CodeModelRun
+    crops: Crops = "flip"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    per_row: int = 10
+    """Pictures per class in the sample grid."""
+    seed: int = 0
+
+
+def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes every stage in sub-folders of `workdir` and writes `report/`.
+
+    Returns:
+      The numbers of report.json, or an empty dict when a signal stopped a stage.
+    """
+    began = time.perf_counter()
+    data = run.tokenizer.data
+    stages: dict[str, Any] = {
+        "scorer": lambda: classifier_job(run.scorer),
+        "perceptual": lambda: classifier_job(run.perceptual),
+        "tokenizer": lambda: tokenizer_job(
+            replace_in(run.tokenizer, perceptual__path=str(workdir / "perceptual"))
+        ),
+    }
+    if run.tokenizer.perceptual.kind != "classifier":
+        raise InputError("the demo trains its own perceptual network; keep kind 'classifier'")
+    seconds = {}
+    for name, make in stages.items():
+        if not _stage(name, make(), workdir, seconds):
+            return {}
+    decoder = Decoder.load(workdir / "tokenizer")
+    _extract(decoder, run, workdir, seconds)
+    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"))
+    if not _stage("code_model", code_model_job(cached), workdir, seconds):
+        return {}
+
+    start = time.perf_counter()
+    generator = Generator.load(workdir / "code_model")
+    test = equal_per_class(held_out(data, "test"))
+    real_train = equal_per_class(held_out(dataclasses.replace(data, balanced=False), "train"))
+    codes, _ = generator.sample(test["label"], seed=run.seed, config=run.sampling)
+    samples: Batch = {"image": decoder(codes), "label": test["label"]}
+    test_codes = extract_codes_of(decoder, test)
+    rebuilt: Batch = {"image": decoder(test_codes), "label": test["label"]}
+    scores = score_table(
+        Scorer.load(workdir / "scorer"),
+        {"real test images": test, "their reconstructions": rebuilt, "samples": samples},
+        real_train,
+    )
+    nll = CodeScorer(generator.sampler.build).summary(
+        generator.params, generator.extra, open_codes(workdir / "codes" / "test").first_crops()
+    )
+    tokenizer = measure_tokenizer(decoder.blueprint, decoder.params, decoder.extra, test["image"])
+    report = workdir / "report"
+    _pictures(run, generator, decoder, test, samples, report)
+    plot_runs([workdir / "tokenizer"], report / "tokenizer_curves.png")
+    plot_runs([workdir / "code_model"], report / "code_model_curves.png")
+    seconds["sample and score"] = time.perf_counter() - start
+    return write_report(
+        report,
+        Report(
+            class_names=generator.class_names,
+            model=run.code_model.model,
+            tokenizer=tokenizer,
+            nll=nll,
+            unigram=unigram_nats(workdir / "codes"),
+            scores=scores,
+            sampling=run.sampling,
+            seconds={**seconds, "total": time.perf_counter() - began},
+        ),
+    )
+
+
+def _stage(name: str, job: Job, workdir: Path, seconds: dict[str, float]) -> bool:
+    start = time.perf_counter()
+    job = dataclasses.replace(job, name=name)
+    finished = train(job, workdir / name).finished
+    seconds[name] = time.perf_counter() - start
+    return finished
+
+
+def _extract(decoder: Decoder, run: DemoRun, workdir: Path, seconds: dict[str, float]) -> None:
+    start = time.perf_counter()
+    for split in SPLITS:
+        folder = workdir / "codes" / split
+        if not (folder / "meta.json").exists():
+            crops: Crops = run.crops if split == "train" else "one"
+            extract_codes(
+                decoder.blueprint,
+                decoder.params,
+                decoder.extra,
+                run.tokenizer.data,
+                split,
+                folder,
+                crops=crops,
+            )
+    seconds["codes"] = time.perf_counter() - start
+
+
+def extract_codes_of(decoder: Decoder, examples: Batch) -> np.ndarray:
+    """Returns the codes [n, cells, C] of prepared images."""
+    encode = jax.jit(lambda p, e, images: decoder.blueprint.build(p, e).to_codes(images))
+    return np.asarray(encode(decoder.params, decoder.extra, examples["image"]))
+
+
+def unigram_nats(folder: Path) -> list[float]:
+    """Returns nats per image and depth of test codes under the training codes' frequencies.
+
+    What a model that ignores class, position and context would reach; add-one smoothing.
+    """
+    train_codes, test = open_codes(folder / "train"), open_codes(folder / "test")
+    size = train_codes.meta["codebook_size"]
+    counted, scored = train_codes.first_crops()["codes"], test.first_crops()["codes"]
+    nats = []
+    for depth in range(counted.shape[-1]):
+        counts = np.bincount(counted[..., depth].reshape(-1), minlength=size) + 1.0
+        log_probs = np.log(counts / counts.sum())
+        nats.append(float(-log_probs[scored[..., depth]].sum(axis=1).mean()))
+    return nats
+
+
+def _pictures(
+    run: DemoRun,
+    generator: Generator,
+    decoder: Decoder,
+    test: Batch,
+    samples: Batch,
+    report: Path,
+) -> None:
+    names = generator.class_names
+    spread = np.linspace(0, len(test["image"]) - 1, 13).astype(int)
+    save_reconstructions(
+        decoder.blueprint,
+        decoder.params,
+        decoder.extra,
+        test["image"][spread],
+        report / "reconstructions.png",
+    )
+
+    def rows(examples: Batch) -> list[np.ndarray]:
+        return [examples["image"][examples["label"] == c][: run.per_row] for c in range(len(names))]
+
+    save_grid(report / "samples.png", rows(samples), row_names=names)
+    save_grid(report / "real.png", rows(test), row_names=names)
