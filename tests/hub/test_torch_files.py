@@ -81,6 +81,37 @@ def write(path, obj, storages=None, pickled=None):
     return path
 
 
+class LegacyPickler(TorchPickler):
+    """Before torch 1.6 a persistent id ended with the part of the storage, or None."""
+
+    def persistent_id(self, obj):
+        storage, view = obj if isinstance(obj, Part) else (obj, None)
+        pid = super().persistent_id(storage)
+        return pid and (*pid, view)
+
+
+class Part(NamedTuple):
+    """Some elements of a storage: (key of the view, offset, number of elements)."""
+
+    storage: Storage
+    view: tuple
+
+
+def write_legacy(path, obj, storages, keys=None, counts=None, machine=None):
+    """The chain of pickles, then for each storage an int64 count and its bytes."""
+    buffer = io.BytesIO()
+    sizes = {"short": 2, "int": 4, "long": 4}
+    machine = machine or {"protocol_version": 1001, "type_sizes": sizes, "little_endian": True}
+    parts = (0x1950A86A20F9469CFC6C, 1001, machine, obj, list(storages) if keys is None else keys)
+    for part in parts:
+        LegacyPickler(buffer, 2).dump(part)
+    for key, array in storages.items():
+        buffer.write(int.to_bytes((counts or {}).get(key, array.size), 8, "little"))
+        buffer.write(array.tobytes())
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
 SIX = Storage("0", "FloatStorage", 6)
 SIX_DATA = {"0": np.arange(6, dtype=np.float32)}
 
@@ -222,6 +253,59 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, saved, culprit):
         load_torch_file(write(tmp_path / "a.pt", saved, SIX_DATA))
 
 
+def test_legacy_files_with_views_and_old_parameters(tmp_path):
+    two = Storage("1", "HalfStorage", 2)
+    old = Call(Global("torch._utils", "_rebuild_tensor"), (SIX, 1, (2,), (3,)))
+    parameter = Global("torch.nn.parameter", "Parameter")
+    saved = OrderedDict(
+        transposed=tensor(SIX, (3, 2), (1, 3)),
+        half=tensor(two, (2,), (1,)),
+        part=tensor(Part(SIX, ("9", 3, 2)), (2,), (1,)),
+        old=old,
+        parameter=Call(parameter, (old,), (True, False, OrderedDict())),
+    )
+    stored = SIX_DATA | {"1": np.array([0.5, -2], np.float16)}
+    loaded = load_torch_file(write_legacy(tmp_path / "a.pth", {"state_dict": saved}, stored))
+    expected = {
+        "transposed": np.array([[0, 3], [1, 4], [2, 5]], np.float32),
+        "half": stored["1"],
+        "part": np.array([3, 4], np.float32),
+        "old": np.array([1, 4], np.float32),
+        "parameter": np.array([1, 4], np.float32),
+    }
+    for name, array in expected.items():
+        np.testing.assert_array_equal(loaded["state_dict"][name], array)
+        assert loaded["state_dict"][name].dtype == array.dtype
+    assert list(load_state_dict(tmp_path / "a.pth")) == list(expected)
+
+
+def test_damaged_or_hostile_legacy_files(tmp_path):
+    path, w = tmp_path / "a.pth", {"w": tensor(SIX, (6,), (1,))}
+    good = write_legacy(path, w, SIX_DATA).read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(InputError, match="storage 0 has 23 bytes"):
+        load_torch_file(path)
+    path.write_bytes(good[:40])
+    with pytest.raises(InputError, match="not a readable torch checkpoint"):
+        load_torch_file(path)
+    large = Storage("0", "FloatStorage", 2**40)
+    other = {"w": w["w"], "x": tensor(Storage("0", "IntStorage", 6), (6,), (1,))}
+    outside = {"w": tensor(Part(SIX, ("9", 3, 4)), (4,), (1,))}
+    big_endian = {"little_endian": False}
+    cases = [
+        (({"w": tensor(large, (1,), (1,))}, SIX_DATA), {}, "larger than the file"),
+        ((other, SIX_DATA), {}, "named as 6 int32 and as another"),
+        ((outside, SIX_DATA), {}, "persistent id"),
+        ((w, SIX_DATA), {"counts": {"0": 7}}, "24 bytes for 7 elements"),
+        ((w, SIX_DATA), {"keys": []}, "lists 0 storages, expected the 1"),
+        ((w, SIX_DATA), {"machine": big_endian}, "expected 1001, little endian"),
+        (({"w": Global("os", "system")}, SIX_DATA), {}, "names os.system"),
+    ]
+    for arguments, options, culprit in cases:
+        with pytest.raises(InputError, match=culprit):
+            load_torch_file(write_legacy(path, *arguments, **options))
+
+
 def test_files_that_are_no_checkpoint(tmp_path):
     good = write(tmp_path / "a.pt", {"w": tensor(SIX, (6,), (1,))}, SIX_DATA).read_bytes()
     pickled = pickle.dumps({"w": SIX_DATA["0"]}, 2)
@@ -229,7 +313,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     cases = {
         "truncated": (good[: len(good) // 2], "BadZipFile"),
         "empty": (b"", "BadZipFile"),
-        "legacy": (legacy, "legacy format of torch before 1.6"),
+        "legacy that ends early": (legacy, "EOFError"),
         "bare pickle": (pickled, "BadZipFile"),
         "damaged": (good.replace(SIX_DATA["0"].tobytes(), b"\xff" * 24), "CRC"),
     }
@@ -289,7 +373,8 @@ def test_real_half_precision_checkpoint():
     assert all(np.isfinite(t).all() for t in tensors.values())
 
 
-def test_parity_with_torch(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_parity_with_torch(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).bfloat16()
     shared = torch.arange(12.0).reshape(3, 4)
@@ -300,7 +385,7 @@ def test_parity_with_torch(tmp_path):
         "args": argparse.Namespace(dtype=torch.float32, device=torch.device("cpu")),
     }
     path = tmp_path / "a.pt"
-    torch.save(saved, path)
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
     loaded = load_torch_file(path)
     for name, value in saved["model"].items():
         np.testing.assert_array_equal(
