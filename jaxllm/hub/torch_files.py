@@ -1,10 +1,10 @@
 """PyTorch checkpoint files read without PyTorch, and without running anything they contain.
 
 A `.pt` or `.pth` file is a zip archive: `data.pkl` describes the object, `data/KEY` holds the bytes
-of each storage. Before torch 1.6 it was a chain of pickles (magic number, protocol, machine, object,
-storage keys) and then the storages. Pickles are read by an unpickler that resolves a short list of
-names to harmless stand-ins defined here and refuses every other name, so a hostile file can at worst
-fail to load.
+of each storage. Before torch 1.6 it was a chain of pickles (magic number, protocol, machine,
+object, storage keys) and then the storages. Pickles are read by an unpickler that resolves a short
+list of names to harmless stand-ins defined here and refuses every other name, so a hostile file can
+at worst fail to load.
 """
 
 from __future__ import annotations
