@@ -107,7 +107,14 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
 def load_state_dict(
     path: str | os.PathLike[str], keys: Sequence[str] = ("state_dict", "model", "module")
 ) -> dict[str, np.ndarray]:
-    """Reads the named tensors of a checkpoint, `.safetensors` or torch.
+    """Reads the named tensors of a checkpoint; see `load_checkpoint`."""
+    return load_checkpoint(path, keys)[0]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], keys: Sequence[str] = ("state_dict", "model", "module")
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the named tensors of a checkpoint and what lies beside them, `.safetensors` or torch.
 
     Args:
       path: the file.
@@ -116,19 +123,22 @@ def load_state_dict(
         as `("ema",)`.
 
     Returns:
-      Name -> array, without the leading `_orig_mod.` (torch.compile) and `module.` (data parallel).
+      Name -> array, without the leading `_orig_mod.` (torch.compile) and `module.` (data parallel);
+      and the file's top level, empty if that is the dictionary of tensors itself.
 
     Raises:
       InputError: as `load_torch_file`; or no dictionary of tensors under an accepted key; or two
         names that become equal without their prefix.
     """
     if Path(path).suffix == ".safetensors":
-        return named_tensors(_load_safetensors(path), path)
+        return named_tensors(_load_safetensors(path), path), {}
     found = load_torch_file(path)
     if isinstance(found, dict):
-        found = next((found[key] for key in keys if isinstance(found.get(key), dict)), found)
+        for key in keys:
+            if isinstance(found.get(key), dict):
+                return named_tensors(found[key], path), found
     expected = f"tensors, or a dictionary of tensors under one of {', '.join(keys)}"
-    return named_tensors(found, path, expected)
+    return named_tensors(found, path, expected), {}
 
 
 def named_tensors(
