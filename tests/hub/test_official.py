@@ -44,7 +44,14 @@ CASES = {
     "three codes, one kv head": (dict(layers=3, depth=3, kv_heads=1), (0, 1, 2)),
 }
 TOKENIZER = dict(
-    width=8, multipliers=(1, 2, 2), blocks=1, attention=(1,), latent=6, code_dim=5, codes=7, depth=2
+    width=8,
+    multipliers=(1, 2, 2),
+    blocks=1,
+    attention=(1,),
+    latent=6,
+    code_dim=5,
+    codes=24,
+    depth=2,
 )
 TOKENIZER_OPTIONS = ImportOptions(groups=4, image_size=(8, 12))
 
@@ -279,7 +286,7 @@ def test_tokenizer_survives_the_way_back_bit_for_bit(separate, tokenizer):
     shared = share_codebook(separate)
     config, params, extra, used = import_tokenizer(shared, TOKENIZER_OPTIONS)
     assert config.quantizer.shared and used == len(shared)
-    assert extra["quantizer_state"]["codebook"].shape == (1, 7, 5)
+    assert extra["quantizer_state"]["codebook"].shape == (1, 24, 5)
     equal(export_tokenizer(params, extra, config), shared)
 
 
@@ -289,7 +296,7 @@ def test_tokenizer_tensors_that_do_not_fit_are_named(separate):
     padded = separate[book].copy()
     padded[-1, 0] = 1
     shared = share_codebook(separate)
-    changed = shared | {"quantizer.codebooks.1.embed_ema": np.zeros((7, 5))}
+    changed = shared | {"quantizer.codebooks.1.embed_ema": np.zeros((24, 5))}
     cases = [
         (separate | {"encoder.down.0.attn.0.q.bias": np.zeros(8)}, {}, "unknown tensor encoder"),
         (without(separate, down), {}, f"{down} is missing"),

@@ -17,7 +17,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-# -- DnD-Transformer (arXiv:2410.01912) and LlamaGen ------------------------------------------------
+# -- DnD-Transformer (arXiv:2410.01912) and LlamaGen ----------------------------------------------
 
 
 def fake_dnd(
@@ -125,7 +125,7 @@ def dnd_logits(tensors, codes, classes, *, heads, kv_heads, head_layers, grid):
     return np.stack(logits, axis=2)
 
 
-# -- RQ-VAE (arXiv:2203.01941) ----------------------------------------------------------------------
+# -- RQ-VAE (arXiv:2203.01941) --------------------------------------------------------------------
 
 
 def fake_tokenizer(rng, *, width, multipliers, blocks, attention, latent, code_dim, codes, depth):
@@ -292,7 +292,7 @@ class Tokenizer:
         return self.conv("decoder.conv_out", silu(self.norm("decoder.norm_out", x)))
 
 
-# -- PatchGAN discriminator (arXiv:1611.07004) ------------------------------------------------------
+# -- PatchGAN discriminator (arXiv:1611.07004) ----------------------------------------------------
 
 
 def fake_discriminator(rng, *, width):
