@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from jaxllm.data.pipeline import Example
+from jaxllm.data.rendered_text import RenderedText, TextImageConfig, WordImageConfig
 from jaxllm.errors import InputError
 
 Split = Literal["train", "validation", "test"]
@@ -26,7 +27,7 @@ FASHION_CLASSES = (
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 QUICKDRAW_CLASSES = ("cat", "rainbow", "train")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 # Fractions of each class for validation and test; the rest is for training.
 _HELD_OUT = {"validation": 0.1, "test": 0.2}
 
@@ -49,9 +50,9 @@ class ImageSource(Protocol):
 class ImageDataConfig:
     """Which images, at which size, and how they are varied in training."""
 
-    source: Literal["fashion", "quickdraw", "fashion+quickdraw", "folder", "jsonl", "tfds"] = (
-        "fashion+quickdraw"
-    )
+    source: Literal[
+        "fashion", "quickdraw", "fashion+quickdraw", "words", "pages", "folder", "jsonl", "tfds"
+    ] = "fashion+quickdraw"
     folder: str | None = None
     """A folder with one sub-folder per class; setting it chooses the source `folder`."""
     jsonl: str | None = None
@@ -59,6 +60,12 @@ class ImageDataConfig:
     tfds: str = "imagenet2012"
     """Name of the TFDS data set for the source `tfds`, prepared as array_record."""
     tfds_dir: str | None = None
+    text_file: str | None = None
+    """UTF-8 text that `words` and `pages` render; None for the bundled Shakespeare."""
+    words: WordImageConfig = field(default_factory=WordImageConfig)
+    """Layout of the source `words`: one short word per image."""
+    pages: TextImageConfig = field(default_factory=TextImageConfig)
+    """Layout of the source `pages`: the paper's Text-Image recipe."""
     image_size: tuple[int, int] = (32, 32)
     channels: int = 1
     resize: Literal["pad", "crop"] = "pad"
@@ -141,6 +148,8 @@ def open_images(config: ImageDataConfig, split: Split) -> ImageSource:
     folder that has sub-folders named train/validation/test is used as it is.
     """
     kind = config.resolved_source
+    if kind in ("words", "pages"):
+        return rendered(config, split)
     if kind == "tfds":
         return _tfds(config, split)
     if kind == "folder":
@@ -154,6 +163,41 @@ def open_images(config: ImageDataConfig, split: Split) -> ImageSource:
         return _finish(config, split, read_jsonl_images(Path(config.jsonl or ""), config))
     parts = [_BUNDLED[name]() for name in kind.split("+")]
     return _finish(config, split, _concatenate(parts))
+
+
+@dataclass(frozen=True)
+class RenderedImages:
+    """Rendered text as images of one class; the text stays in each example under "text"."""
+
+    source: RenderedText
+    class_names: Sequence[str] = ("text",)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.source[index], "label": 0}
+
+
+def rendered(config: ImageDataConfig, split: Split) -> RenderedImages:
+    """Returns the rendered words or pages of one split; no word or page is in two splits.
+
+    Words are drawn by their frequency in the text, pages in order.
+    """
+    words = config.resolved_source == "words"
+    layout = config.words if words else config.pages
+    path = config.text_file or bundled("text", "tinyshakespeare.txt")
+    source = RenderedText(layout, path, split=split, on_bad_word="skip")
+    if words and split == "train":
+        source = RenderedText(
+            layout,
+            path,
+            split=split,
+            sampling="frequency",
+            num_examples=8 * source.texts,
+            on_bad_word="skip",
+        )
+    return RenderedImages(source)
 
 
 def _finish(
@@ -254,9 +298,9 @@ def read_folder(root: Path, config: ImageDataConfig) -> ImageFiles:
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     paths, labels = [], []
     for label, folder in enumerate(classes):
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise InputError(f"{folder}: holds no images ({', '.join(sorted(_SUFFIXES))})")
+            raise InputError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
         labels += [label] * len(files)
     if not paths:

@@ -9,6 +9,7 @@ int64 file an image. Index 0 is the centre crop.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,14 @@ def crops_of(
     return np.stack(crops)
 
 
+def encode_images(
+    tokenizer: Blueprint[ImageTokenizer], params: Any, extra: Any, images: np.ndarray
+) -> np.ndarray:
+    """Returns the codes int32 [n, cells, C] of prepared images float32 [n, H, W, channels]."""
+    encode = jax.jit(lambda p, e, part: tokenizer.build(p, e).to_codes(part))
+    return np.asarray(encode(params, extra, images))
+
+
 def extract_codes(
     tokenizer: Blueprint[ImageTokenizer],
     params: Any,
@@ -159,13 +168,25 @@ def extract_codes(
     *,
     crops: Crops = "ten",
     batch_size: int = 64,
+    tokenizer_run: Path | None = None,
 ) -> CodeSource:
-    """Writes the code cache of one split and opens it."""
+    """Writes the code cache of one split and opens it.
+
+    Args:
+      tokenizer: Blueprint.
+      params: Tokenizer parameters.
+      extra: Its buffers.
+      data: The images; rare classes are stored once, they are repeated when codes are drawn.
+      split: Which of them.
+      folder: Where the cache goes.
+      crops: How many views of each image are stored, see `crops_of`.
+      batch_size: Images encoded at once.
+      tokenizer_run: Its run folder, remembered so that samples can be decoded later.
+    """
     model = tokenizer.build(params, extra)
     quantizer = model.config.quantizer
     if quantizer.size > 2**16:
         raise InputError(f"codes of a codebook of {quantizer.size} do not fit uint16")
-    # Every image once: rare classes are repeated when codes are drawn, not when they are stored.
     source = open_images(dataclasses.replace(data, balanced=False), split)
     encode = jax.jit(lambda p, e, images: tokenizer.build(p, e).to_codes(images))
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +216,7 @@ def extract_codes(
             "depth": quantizer.depth,
             "codebook_size": quantizer.size,
             "class_names": list(source.class_names),
+            "tokenizer": None if tokenizer_run is None else os.path.relpath(tokenizer_run, folder),
         },
     )
     return open_codes(folder)

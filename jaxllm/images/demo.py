@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxllm.data.images import ImageDataConfig, Split
 from jaxllm.data.pipeline import Batch
 from jaxllm.decoding.code_stacks import SamplingConfig
 from jaxllm.errors import InputError
 from jaxllm.images.classifier import Scorer, classifier_job, held_out
 from jaxllm.images.code_models import CodeScorer, code_model_job
-from jaxllm.images.codes import Crops, extract_codes, open_codes
+from jaxllm.images.codes import Crops, encode_images, extract_codes, open_codes
 from jaxllm.images.config import ClassifierRun, CodeModelRun, TokenizerRun
 from jaxllm.images.pictures import save_grid
 from jaxllm.images.reconstruct import measure_tokenizer, save_reconstructions
@@ -29,7 +29,7 @@ from jaxllm.plots import plot_runs
 from jaxllm.training.job import Job
 from jaxllm.training.loop import train
 
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
         raise InputError("the demo trains its own perceptual network; keep kind 'classifier'")
     seconds = {}
     for name, make in stages.items():
-        if not _stage(name, make(), workdir, seconds):
+        if not run_stage(name, make(), workdir, seconds):
             return {}
     decoder = Decoder.load(workdir / "tokenizer")
-    _extract(decoder, run, workdir, seconds)
+    extract_splits(decoder, data, run.crops, workdir, seconds)
     cached = replace_in(run.code_model, data__cache=str(workdir / "codes"))
-    if not _stage("code_model", code_model_job(cached), workdir, seconds):
+    if not run_stage("code_model", code_model_job(cached), workdir, seconds):
         return {}
 
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
     real_train = equal_per_class(held_out(dataclasses.replace(data, balanced=False), "train"))
     codes, _ = generator.sample(test["label"], seed=run.seed, config=run.sampling)
     samples: Batch = {"image": decoder(codes), "label": test["label"]}
-    test_codes = extract_codes_of(decoder, test)
+    test_codes = encode_images(decoder.blueprint, decoder.params, decoder.extra, test["image"])
     rebuilt: Batch = {"image": decoder(test_codes), "label": test["label"]}
     scores = score_table(
         Scorer.load(workdir / "scorer"),
@@ -113,7 +113,8 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
     )
 
 
-def _stage(name: str, job: Job, workdir: Path, seconds: dict[str, float]) -> bool:
+def run_stage(name: str, job: Job, workdir: Path, seconds: dict[str, float]) -> bool:
+    """Trains `job` in a sub-folder, books its time, and tells whether it finished."""
     start = time.perf_counter()
     job = dataclasses.replace(job, name=name)
     finished = train(job, workdir / name).finished
@@ -121,28 +122,25 @@ def _stage(name: str, job: Job, workdir: Path, seconds: dict[str, float]) -> boo
     return finished
 
 
-def _extract(decoder: Decoder, run: DemoRun, workdir: Path, seconds: dict[str, float]) -> None:
+def extract_splits(
+    decoder: Decoder, data: ImageDataConfig, crops: Crops, workdir: Path, seconds: dict[str, float]
+) -> None:
+    """Extracts the codes of every split that has none yet; only training images get `crops`."""
     start = time.perf_counter()
     for split in SPLITS:
         folder = workdir / "codes" / split
         if not (folder / "meta.json").exists():
-            crops: Crops = run.crops if split == "train" else "one"
             extract_codes(
                 decoder.blueprint,
                 decoder.params,
                 decoder.extra,
-                run.tokenizer.data,
+                data,
                 split,
                 folder,
-                crops=crops,
+                crops=crops if split == "train" else "one",
+                tokenizer_run=workdir / "tokenizer",
             )
     seconds["codes"] = time.perf_counter() - start
-
-
-def extract_codes_of(decoder: Decoder, examples: Batch) -> np.ndarray:
-    """Returns the codes [n, cells, C] of prepared images."""
-    encode = jax.jit(lambda p, e, images: decoder.blueprint.build(p, e).to_codes(images))
-    return np.asarray(encode(decoder.params, decoder.extra, examples["image"]))
 
 
 def unigram_nats(folder: Path) -> list[float]:

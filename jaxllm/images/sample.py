@@ -22,6 +22,15 @@ from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.training.run_folder import read_json
 
+def tokenizer_run_of(run_dir: Path, run: Any) -> Path:
+    """Returns the tokenizer run that made the codes a code model was trained on."""
+    meta = Path(run.data.cache) / "train" / "meta.json"
+    named = read_json(meta).get("tokenizer") if meta.exists() else None
+    if named is None:
+        raise InputError(f"{run_dir}: its code cache does not name a tokenizer; give --tokenizer")
+    return (meta.parent / named).resolve()
+
+
 CODE_RUNS: dict[str, Any] = {"dnd": CodeModelRun, "rq_transformer": RQTransformerRun}
 
 
