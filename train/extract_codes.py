@@ -5,7 +5,7 @@
 """
 
 from jaxllm.cli.train import main
-from jaxllm.images.codes import ExtractRun, extract_run
+from jaxllm.images.extract import ExtractRun, extract_run
 
 if __name__ == "__main__":
     main(ExtractRun, extract_run)
