@@ -116,7 +116,6 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
 def run_stage(name: str, job: Job, workdir: Path, seconds: dict[str, float]) -> bool:
     """Trains `job` in a sub-folder, books its time, and tells whether it finished."""
     start = time.perf_counter()
-    job = dataclasses.replace(job, name=name)
     finished = train(job, workdir / name).finished
     seconds[name] = time.perf_counter() - start
     return finished
