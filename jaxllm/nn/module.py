@@ -31,14 +31,14 @@ class Blueprint(Generic[Model]):
 
     def __post_init__(self) -> None:
         model = nnx.eval_shape(lambda: self.make(nnx.Rngs(params=jax.random.key(0))))
-        graphdef, params, extra = nnx.split(model, nnx.Param, ...)
+        graphdef, *(params, extra) = nnx.split(model, nnx.Param, ...)
         object.__setattr__(self, "_graphdef", graphdef)
         object.__setattr__(self, "abstract_params", nnx.to_pure_dict(params))
         object.__setattr__(self, "abstract_extra", nnx.to_pure_dict(extra))
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Returns fresh (params, extra) as nested dicts of arrays; traceable."""
-        _, params, extra = nnx.split(self.make(nnx.Rngs(params=key)), nnx.Param, ...)
+        _, *(params, extra) = nnx.split(self.make(nnx.Rngs(params=key)), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
 
     def build(self, params: Tree, extra: Tree) -> Model:
