@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.errors import InputError
+from jaxllm.nn.linear import project
 from jaxllm.nn.rope import RotaryTable, apply_rotary
 from jaxllm.parallel.mesh import target_platform
 from jaxllm.parallel.sharding import activation_spec
@@ -199,10 +200,10 @@ class SelfAttention(nnx.Module):
           attention: What to do with q [B, T, N, H] and k, v [B, T, K, H]; a decode step passes a
             function that appends to a cache, training passes `attend` with `causal=True`.
         """
-        qkv = jnp.einsum("btd,dkgh->btkgh", x, self.qkv[...].astype(x.dtype))
+        qkv = project(x, self.qkv[...])
         q = qkv[..., :-2, :].reshape(*x.shape[:2], self.heads, self.head_dim)
         k, v = qkv[..., -2, :], qkv[..., -1, :]
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         mixed = attention(q, k, v)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.out[...].astype(x.dtype))
+        return project(mixed, self.out[...], inputs=2)
