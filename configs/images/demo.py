@@ -87,7 +87,7 @@ def get_config() -> DemoRun:
                 weight_decay=0.05,
                 ema_decay=0.98,
             ),
-            loop=LoopConfig(steps=700, log_every=50, eval_every=100, keep_best="nll"),
+            loop=LoopConfig(steps=900, log_every=50, eval_every=300, keep_best="nll"),
         ),
-        sampling=SamplingConfig(cfg_scale=(2.0,)),
+        sampling=SamplingConfig(cfg_scale=(2.0,), temperature=(0.8, 0.7)),
     )
