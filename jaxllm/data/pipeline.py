@@ -6,7 +6,7 @@ how many hosts read it. Each host reads only its own rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,10 +66,14 @@ class Batches:
         """Returns the batch of one step (0-indexed)."""
         return self.dataset()[step]
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Yields batches from step `start` on, prefetched by threads."""
+    def iterate(self, start: int = 0) -> Generator[Batch]:
+        """Yields batches from step `start` on, prefetched by threads that end with it."""
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=8)
-        return iter(self.dataset()[start:].to_iter_dataset(options))
+        iterator = iter(self.dataset()[start:].to_iter_dataset(options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
 
 
 def stack_examples(source: Source, indices: range | list[int] | None = None) -> Batch:
@@ -78,9 +82,7 @@ def stack_examples(source: Source, indices: range | list[int] | None = None) -> 
     return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
 
 
-def padded_batches(
-    arrays: Batch, batch_size: int
-) -> Iterator[tuple[Batch, int]]:
+def padded_batches(arrays: Batch, batch_size: int) -> Iterator[tuple[Batch, int]]:
     """Yields (batch, real rows) over `arrays` in order; the last one is padded by repeating row 0.
 
     Every batch has the same shape, so that an evaluation compiles once.

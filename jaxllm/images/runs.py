@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxllm.errors import InputError
-from jaxllm.training.checkpoint import read_newest
+from jaxllm.training.checkpoint import finished_steps, read_newest
 from jaxllm.training.run_folder import from_plain, read_json
 
 Run = TypeVar("Run")
@@ -27,7 +27,7 @@ def load_params(run_dir: Path, kind: type[Run]) -> tuple[Run, Any, Any]:
     except (TypeError, KeyError) as error:
         raise InputError(f"{run_dir}: a {saved.get('job')!r} run, not {kind.__name__}") from error
     best = run_dir / "best"
-    tree = read_newest(best if best.is_dir() else run_dir / "checkpoints")
+    tree = read_newest(best if finished_steps(best) else run_dir / "checkpoints")
     params = tree.get("ema", tree["params"])
     return run, jax.tree.map(jax.numpy.asarray, params), tree.get("extra", {})
 

@@ -285,4 +285,5 @@ TOKENIZER_RULES = (
     (r"kernel$", (None, None, "channels_in", "channels_out")),
     (r"(scale|bias)$", (None,)),
     (r"codebook$", (None, None, None)),
+    (r"projection$", (None, None)),
 )

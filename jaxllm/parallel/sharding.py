@@ -1,8 +1,8 @@
 """From a parameter's path to its place on the mesh.
 
-A model has an ordered table of (path regex, logical axes); one table maps logical axes to mesh axes.
-`spec_for` joins the two and refuses what is ambiguous: no rule, a rule of another rank, one mesh
-axis used twice. A dimension that its mesh axes do not divide is replicated, and said once.
+A model has an ordered table of (path regex, logical axes); one table maps logical axes to mesh
+axes. `spec_for` joins the two and refuses what is ambiguous: no rule, a rule of another rank, one
+mesh axis used twice. A dimension that its mesh axes do not divide is replicated, and said once.
 """
 
 from __future__ import annotations
@@ -51,19 +51,20 @@ def spec_for(
     """Returns the PartitionSpec of the parameter at `path`.
 
     Raises:
-      ValueError: If no rule matches, the matching rule has another rank than `shape`, or two
-        dimensions would use the same mesh axis.
+      ValueError: If no rule matches, the matching rule has another rank than `shape` or names an
+        unknown axis, or two dimensions would use the same mesh axis.
     """
-    for pattern, names in rules:
-        if re.search(pattern, path):
-            break
-    else:
+    found = next((rule for rule in rules if re.search(rule[0], path)), None)
+    if found is None:
         raise ValueError(f"no sharding rule matches parameter {path!r} {shape}")
+    pattern, names = found
     if len(names) != len(shape):
         raise ValueError(f"rule {pattern!r} {names} has another rank than {path!r} {shape}")
     spec: list[MeshAxes] = []
     used: set[str] = set()
     for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in axes:
+            raise ValueError(f"rule {pattern!r} names {name!r}, not one of {', '.join(axes)}")
         target = None if name is None else axes[name]
         parts = (target,) if isinstance(target, str) else (target or ())
         for part in parts:

@@ -1,13 +1,20 @@
-"""Checkpoints: asynchronous saves, restore onto any mesh, fall back past a damaged one.
+"""Checkpoints: asynchronous saves with checksums, restore onto any mesh, fall back past damage.
 
-A thin layer over Orbax (v1 API). Where a tensor goes on restore is decided by the abstract state
-given to `restore`, built from the current mesh and rules, never by what the saving run used.
+A thin layer over Orbax (v1 API). A save is written to `STEP.tmp`, its SHA-256 sums are added, and
+only then is it renamed to `STEP`, so a folder with a number for a name is complete. Orbax itself
+does not notice a flipped byte in an array; the sums do. Where a tensor goes on restore is decided
+by the abstract state given to `restore`, built from the current mesh and rules, never by what the
+saving run used.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,11 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.errors import InputError
+from jaxllm.parallel.sharding import leaf_paths
+from jaxllm.training.run_folder import read_json, write_json
 from jaxllm.training.state import TrainState
+
+SUMS = "sha256.json"
 
 _log = logging.getLogger(__name__)
 
@@ -24,77 +35,149 @@ logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory`, newest `keep` kept."""
+    """The checkpoints of one training run, in `directory`, newest `keep` kept.
+
+    Every process of a run calls the same methods; the first one alone renames and deletes. What an
+    earlier run left half-saved is removed here, so readers use the functions below instead.
+    """
 
     def __init__(self, directory: Path, *, keep: int = 2, metadata: dict[str, Any] | None = None):
-        self.directory = directory.resolve()
+        self.directory, self.keep = directory.resolve(), keep
         self.metadata = json.loads(json.dumps(metadata or {}, default=str))
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=_always(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        )
-
-    def steps(self) -> list[int]:
-        """Returns the finished steps, oldest first."""
-        return sorted(found.step for found in self._orbax.checkpoints)
+        self.newest: int | None = None
+        """The step last restored or saved by this run."""
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob("*.tmp*"):
+                shutil.rmtree(leftover)
 
     def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
-        """Starts saving `state`; blocks until it is on disk when `wait` is set."""
-        if step in self.steps():
-            self.wait()
-            return
+        """Starts saving `state`; blocks until it is on disk when `wait` is set.
+
+        The arrays are copied before this returns, so they may be donated to the next step.
+        """
         self.wait()  # At most one save in flight, and its errors surface here.
-        self._orbax.save_async(step, as_dict(state), custom_metadata=self.metadata)
+        if step != self.newest:
+            self.newest = step
+            response = ocp.save_async(
+                self.directory / f"{step}.tmp", as_dict(state), custom_metadata=self.metadata
+            )
+            self._saving = self._worker.submit(self._publish, response, step)
         if wait:
             self.wait()
 
+    def _publish(self, response: Any, step: int) -> None:
+        response.result()
+        if jax.process_index() != 0:
+            return
+        finished, unfinished = self.directory / str(step), self.directory / f"{step}.tmp"
+        write_json(unfinished / SUMS, checksums(unfinished))
+        if finished.exists():  # Left by a run that got further before it was killed.
+            self._delete(step)
+        unfinished.rename(finished)
+        for old in finished_steps(self.directory)[: -self.keep]:
+            self._delete(old)
+
+    def _delete(self, step: int) -> None:
+        # Renamed first: half of a checkpoint must not pass for one.
+        going = self.directory / f"{step}.deleted.tmp"
+        (self.directory / str(step)).rename(going)
+        shutil.rmtree(going)
+
     def wait(self) -> None:
         """Blocks until the save in flight, if any, is finished."""
-        self._orbax.wait()
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(self, abstract: TrainState) -> TrainState | None:
-        """Loads the newest readable checkpoint, or returns None when there is none at all.
+        """Loads the newest undamaged checkpoint, or returns None when there is none at all.
+
+        Damaged ones newer than that are named in a warning and deleted.
 
         Args:
           abstract: ShapeDtypeStructs with shardings; the restored state has exactly these.
 
         Raises:
-          InputError: If checkpoints exist and none of them can be read, or the newest belongs to
-            a model of other shapes.
+          InputError: If there are checkpoints and all are damaged, or the chosen one has other
+            tensors than `abstract`.
         """
-        steps = self.steps()
-        failures = []
-        for step in reversed(steps):
-            try:
-                tree = self._orbax.load(step, as_dict(abstract))
-                jax.block_until_ready(tree)
-                if failures:
-                    _log.warning("resuming from the older checkpoint of step %d", step)
-                return from_dict(tree)
-            except Exception as error:  # Orbax raises many types for a damaged folder.
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-                failures.append(f"step {step}: {type(error).__name__} {reason}")
-                _log.warning("checkpoint %s/%d cannot be read (%s)", self.directory, step, reason)
-        if failures:
-            raise InputError(f"no checkpoint in {self.directory} can be read: {failures[0]}")
-        return None
-
-    def discard_after(self, step: int) -> None:
-        """Deletes checkpoints newer than `step`, which are damaged when this is called."""
-        for found in self.steps():
-            if found > step:
-                self._orbax.delete(found)
+        chosen = newest_intact(self.directory)
+        if chosen is None:
+            return None
+        difference = _difference(ocp.metadata(chosen).metadata, as_dict(abstract))
+        if difference:
+            raise InputError(f"checkpoint {chosen} does not fit this config: {difference}")
+        tree = ocp.load(chosen, as_dict(abstract))
+        self.newest = int(chosen.name)
+        if jax.process_index() == 0:
+            for step in finished_steps(self.directory):
+                if step > self.newest:
+                    self._delete(step)
+        return dataclasses.replace(abstract, **tree)
 
     def close(self) -> None:
-        """Finishes the save in flight and releases the folder."""
-        self._orbax.wait()
-        self._orbax.close()
+        """Finishes the save in flight."""
+        self.wait()
+        self._worker.shutdown()
 
 
-def _always() -> Any:
-    policies = ocp.training.save_decision_policies
-    return policies.FixedIntervalPolicy(1)
+def finished_steps(directory: Path) -> list[int]:
+    """Returns the steps that have a complete checkpoint in `directory`, oldest first."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest_intact(directory: Path) -> Path | None:
+    """Returns the newest undamaged checkpoint, warning of damaged newer ones; None for none.
+
+    Raises:
+      InputError: If there are checkpoints and all of them are damaged.
+    """
+    reasons: list[str] = []
+    for step in reversed(finished_steps(directory)):
+        folder = directory / str(step)
+        reason = damage(folder)
+        if reason is None:
+            if reasons:
+                _log.warning("using the older checkpoint %s", folder)
+            return folder
+        _log.warning("checkpoint %s is damaged: %s", folder, reason)
+        reasons.append(f"{step}: {reason}")
+    if reasons:
+        raise InputError(f"every checkpoint in {directory} is damaged; {'; '.join(reasons)}")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """Returns what is wrong with the files of a finished checkpoint, or None."""
+    try:
+        expected = read_json(folder / SUMS)
+    except InputError as error:
+        return str(error)
+    found = checksums(folder)
+    for name, digest in expected.items() if isinstance(expected, dict) else [(SUMS, None)]:
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Returns {relative path: SHA-256 in hex} of the files under `folder`, SUMS excepted."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    with ThreadPoolExecutor(8) as pool:  # Hashing lets go of the interpreter lock.
+        return dict(
+            zip([str(p.relative_to(folder)) for p in files], pool.map(digest, files), strict=True)
+        )
 
 
 def as_dict(state: TrainState) -> dict[str, Any]:
@@ -103,20 +186,27 @@ def as_dict(state: TrainState) -> dict[str, Any]:
     return {name: part for name, part in tree.items() if jax.tree.leaves(part)}
 
 
-def from_dict(tree: dict[str, Any]) -> TrainState:
-    """The inverse of `as_dict`."""
-    return TrainState(**{"ema": None, "extra": {}, "opt_state": {}, **tree})
+def _difference(saved: Any, wanted: Any) -> str | None:
+    """Describes the first tensor that is not the same in two trees."""
+    old, new = (
+        {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaf_paths(tree)}
+        for tree in (saved, wanted)
+    )
+    for path in sorted(old.keys() | new.keys()):
+        there, here = old.get(path, "absent"), new.get(path, "absent")
+        if there != here:
+            return f"{path} is {there} there and {here} here"
+    return None
 
 
 def read_newest(directory: Path) -> dict[str, Any]:
-    """Loads the newest checkpoint of a run as host arrays, whatever mesh it was saved from."""
-    checkpoints = Checkpoints(directory, keep=10**6) if directory.is_dir() else None
-    steps = checkpoints.steps() if checkpoints else []
-    if checkpoints is None or not steps:
+    """Loads the newest undamaged checkpoint as arrays on one device, whatever mesh saved it."""
+    chosen = newest_intact(directory)
+    if chosen is None:
         raise InputError(f"{directory}: no checkpoint; has the run saved yet?")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    metadata = checkpoints._orbax.metadata(steps[-1]).metadata
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        ocp.metadata(chosen).metadata,
     )
-    return checkpoints._orbax.load(steps[-1], abstract)
+    return ocp.load(chosen, abstract)

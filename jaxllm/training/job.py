@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxllm.data.pipeline import Batches
+from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.parallel.sharding import Rules
 from jaxllm.training.state import TrainState
@@ -23,6 +24,7 @@ class LoopConfig:
     steps: int = 1000
     seed: int = 0
     log_every: int = 20
+    """Steps between rows of metrics; 0 for only the last step."""
     eval_every: int = 0
     """Steps between evaluations; 0 for only at the end."""
     sample_every: int = 0
@@ -39,6 +41,15 @@ class LoopConfig:
     """First and last step of a profiler trace written to the run folder."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"loop.{name} {getattr(self, name)} must not be negative")
+        if self.keep < 1:
+            raise InputError(f"loop.keep {self.keep} must be at least 1")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise InputError(f"loop.profile {self.profile} must be a first and a last step")
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,62 @@
-"""What a run writes while it goes: metrics.jsonl, optional trackers, a bar or plain lines."""
+"""What a run writes while it goes: metrics.jsonl, trackers, a bar or plain lines, a trace."""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm.auto import tqdm
 
 from jaxllm.errors import InputError
+from jaxllm.training.run_folder import write_text
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `path` and mirrors it to the trackers asked for."""
+    """Appends one JSON object a line to `path` and mirrors it to the trackers asked for.
 
-    def __init__(self, path: Path, *, resume_step: int, trackers: Iterable[str] = ()):
-        self.path = path
-        _cut_after(path, resume_step)
-        self._file = path.open("a")
-        self._trackers = [_TRACKERS[name](path.parent) for name in _known(trackers)]
+    Rows after `resume_step` are cut: a killed run may have logged past its last checkpoint, and
+    those steps are about to be redone. Only the process with `enabled` touches the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int = 0,
+        trackers: Iterable[str] = (),
+        enabled: bool = True,
+    ):
+        self.path, self.enabled = path, enabled
+        self.rows = [row for row in _rows(path) if row["step"] <= resume_step]
+        """What the log holds so far, oldest first."""
+        self._trackers = [_tracker(name)(path.parent) for name in trackers if enabled]
+        if enabled:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the metrics of one step; a non-finite value is written as null."""
         clean = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
+        self.rows.append({"step": step, **clean})
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
         for tracker in self._trackers:
             tracker.write(step, values)
 
+    def newest(self) -> dict[str, float | None]:
+        """Returns the newest value of every metric."""
+        return {k: v for row in self.rows for k, v in row.items() if k != "step"}
+
     def close(self) -> None:
-        """Closes the file and the trackers."""
-        self._file.close()
+        """Closes the trackers."""
         for tracker in self._trackers:
             tracker.close()
 
@@ -44,33 +65,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a metrics.jsonl; a torn last line (a killed run) is left out."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a run folder holds metrics.jsonl")
+    return _rows(path)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
-    lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not a JSON object: {error.msg}") from None
+            row = json.loads(line)
+            if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+                raise ValueError
+        except ValueError:
+            if number == len(lines):
+                break
+            found = line[:40].decode(errors="replace")
+            raise InputError(
+                f"{path}:{number}: expected a JSON object with a step, found {found!r}"
+            ) from None
+        rows.append(row)
     return rows
 
 
-def _cut_after(path: Path, step: int) -> None:
-    # A killed run may have logged past its last checkpoint; those steps are about to be redone.
-    if not path.exists():
-        return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
-
-
-def _known(names: Iterable[str]) -> list[str]:
-    names = list(names)
-    for name in names:
-        if name not in _TRACKERS:
-            raise InputError(f"tracker {name!r} is not one of {', '.join(_TRACKERS)}")
-    return names
+def _tracker(name: str) -> Any:
+    if name not in _TRACKERS:
+        near = difflib.get_close_matches(name, _TRACKERS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"tracker {name!r} is not one of {', '.join(_TRACKERS)}{hint}")
+    return _TRACKERS[name]
 
 
 class _TensorBoard:
@@ -110,12 +132,11 @@ _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
 class Progress:
     """A tqdm bar on a terminal or in a notebook, one dense line per log step elsewhere."""
 
-    def __init__(self, name: str, total: int, start: int, unit: str):
-        self.name, self.total, self.unit = name, total, unit
+    def __init__(self, name: str, total: int, start: int, unit: str, *, enabled: bool = True):
+        self.name, self.total, self.unit, self.enabled = name, total, unit, enabled
         self._begin, self._first = time.perf_counter(), start
-        notebook = "ipykernel" in sys.modules
         self._bar = None
-        if sys.stderr.isatty() or notebook:
+        if enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{remaining} left{postfix}]"
             self._bar = tqdm(total=total, initial=start, desc=name, bar_format=layout)
 
@@ -124,16 +145,72 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {units_per_second:.0f} {self.unit}/s")
             self._bar.update(step - self._bar.n)
-            return
-        elapsed = time.perf_counter() - self._begin
-        left = elapsed / max(1, step - self._first) * (self.total - step)
-        print(
-            f"{self.name} {step}/{self.total} {100 * step // self.total}% loss {loss:.4f} "
-            f"{units_per_second:.0f} {self.unit}/s {int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
-        )
+        elif self.enabled:
+            elapsed = time.perf_counter() - self._begin
+            left = int(elapsed / max(1, step - self._first) * (self.total - step))
+            print(
+                f"{self.name} {step}/{self.total} {100 * step // self.total}% loss {loss:.4f} "
+                f"{units_per_second:.0f} {self.unit}/s {left // 60}:{left % 60:02d} left",
+                flush=True,
+            )
 
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Clock:
+    """Splits wall time into init, compile, data, step, eval and checkpoint seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("init", "compile", "data", "step", "eval", "checkpoint"), 0.0)
+        self._bucket, self._since = "init", time.perf_counter()
+
+    def enter(self, bucket: str) -> str:
+        """Books the time since the last change and goes on in `bucket`; returns the old one."""
+        now = time.perf_counter()
+        self.seconds[self._bucket] += now - self._since
+        previous, self._bucket, self._since = self._bucket, bucket, now
+        return previous
+
+    @contextlib.contextmanager
+    def during(self, bucket: str) -> Iterator[None]:
+        """Books the body of a `with` to `bucket`."""
+        previous = self.enter(bucket)
+        try:
+            yield
+        finally:
+            self.enter(previous)
+
+    def total(self, *buckets: str) -> float:
+        """Returns the seconds in `buckets` until now."""
+        self.enter(self._bucket)
+        return sum(self.seconds[bucket] for bucket in buckets)
+
+
+class Profiler:
+    """Writes a JAX profiler trace of steps `span[0]` to `span[1]`; a context manager."""
+
+    def __init__(self, span: tuple[int, int] | None, folder: Path):
+        self.span, self.folder, self._running = span, folder, False
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __call__(self, step: int, fn: Callable[..., Any], *args: Any) -> Any:
+        """Returns `fn(*args)`, the work of `step`, traced if the step is in the span."""
+        if self.span is not None and step == self.span[0]:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            out = fn(*args)
+        if self.span is not None and self._running and step == self.span[1]:
+            jax.block_until_ready(out)  # The trace must contain what the devices still do.
+            self.__exit__()
+        return out
+
+    def __exit__(self, *exc: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -45,7 +45,10 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule over `steps` updates; warm-up is linear from zero."""
+    """Returns the schedule over `steps` updates.
+
+    Update t < W of the warm-up has rate (t + 1) / (W + 1) of the peak, update W the peak itself.
+    """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rest = max(1, steps - config.warmup_steps)
     after: optax.Schedule = {
@@ -60,16 +63,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns True for the tensors that weight decay touches.
+    """Returns True for the tensors that weight decay touches: kernels and embeddings.
 
-    Kernels and embeddings have two or more dimensions of their own. Stacking gives every leaf under
-    `layers` one dimension more, which does not count.
+    These have two or more dimensions. So do scales and biases of stacked layers, which are told by
+    their names.
     """
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        stacked = "layers" in names or names[-1] in ("head_norm",)
-        return leaf.ndim - stacked >= 2
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.ndim >= 2 and not name.endswith(("scale", "bias", "norm"))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

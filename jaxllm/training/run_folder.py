@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -44,7 +45,12 @@ def load_config(path: Path) -> Any:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"config {path}: defines no get_config()")
-    return module.get_config()
+    config = module.get_config()
+    if not dataclasses.is_dataclass(config):
+        raise InputError(
+            f"config {path}: get_config() returns {type(config).__name__}, not a dataclass"
+        )
+    return config
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
@@ -59,8 +65,9 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         default=config,
         args=list(arguments),
         prog="CONFIG",
-        # A union of dataclasses keeps the member that the config file chose.
-        config=(tyro.conf.AvoidSubcommands,),
+        # A union of dataclasses keeps the member that the config file chose, and a bool takes a
+        # value like every other key.
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     if "--help" in arguments or "-h" in arguments:
         parse()
@@ -76,6 +83,8 @@ def dotted_keys(config: Any, prefix: str = "") -> list[str]:
     """Returns every leaf key of a config tree: ["loop.steps", ...]."""
     keys = []
     for field in dataclasses.fields(config):
+        if not field.init:
+            continue
         value = getattr(config, field.name)
         name = prefix + field.name
         keys += dotted_keys(value, name + ".") if dataclasses.is_dataclass(value) else [name]
@@ -85,17 +94,15 @@ def dotted_keys(config: Any, prefix: str = "") -> list[str]:
 def _explain(config: Any, arguments: Sequence[str], printed: str) -> str:
     known = dotted_keys(config)
     for argument in arguments:
-        if not argument.startswith("--"):
-            continue
         key = argument[2:].split("=")[0].replace("-", "_")
-        bare = key.replace(".no_", ".")
-        if key not in known and bare not in known:
+        if argument.startswith("--") and key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
             hint = f"; did you mean {' or '.join('--' + name for name in near)}?" if near else ""
             return f"unknown key {argument.split('=')[0]}{hint}"
-    text = " ".join(printed.replace("│", " ").split())
-    cleaned = "".join(c for c in text if c not in "╭╮╰╯─").strip()
-    return f"bad override {' '.join(arguments)}: {cleaned[:300]}"
+    # tyro draws a box: a title, a rule, the reason, a rule, help.
+    title, *parts = re.split(r"\n[^\w\n]*[-─]{9,}[^\w\n]*\n", printed)
+    reason = " ".join((parts or [title])[0].replace("│", " ").split())
+    return f"bad override {' '.join(arguments)}: {reason}"
 
 
 def _siblings(path: Path) -> list[str]:
@@ -106,9 +113,18 @@ def _siblings(path: Path) -> list[str]:
 
 
 def to_plain(value: Any) -> Any:
-    """Returns a dataclass tree as JSON values."""
+    """Returns a dataclass tree as JSON values.
+
+    Where a field may hold one of several dataclasses, its object says which in `kind`.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        plain = {name: to_plain(getattr(value, name)) for name in fields}
+        hints = typing.get_type_hints(type(value))
+        for name in fields:
+            if len(_dataclasses_of(hints[name])) > 1 and plain[name] is not None:
+                plain[name] = {"kind": type(getattr(value, name)).__name__, **plain[name]}
+        return plain
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     if isinstance(value, dict):
@@ -116,40 +132,78 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def _dataclasses_of(hint: Any) -> dict[str, Any]:
+    options = typing.get_args(hint) if _is_union(hint) else ()
+    return {o.__name__: o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)}
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
 def from_plain(kind: Any, value: Any, where: str = "config") -> Any:
-    """Builds a value of type `kind` (dataclass, tuple, optional, ...) from JSON values."""
+    """Builds a value of type `kind` (dataclass, tuple, optional, ...) from JSON values.
+
+    Raises:
+      InputError: For an unknown or missing key, or a value of another type, naming where it is.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: expected an object, found {value!r}")
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise InputError(f"{where}: unknown key {unknown[0]!r}")
-        return kind(**{k: from_plain(hints[k], v, f"{where}.{k}") for k, v in value.items()})
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
+        return _dataclass_from_plain(kind, value, where)
+    if _is_union(kind):
+        if value is None and type(None) in arguments:
             return None
         options = [option for option in arguments if option is not type(None)]
+        named = _dataclasses_of(kind)
+        if len(named) > 1:
+            name = value.get("kind") if isinstance(value, dict) else None
+            if name not in named:
+                raise InputError(f"{where}: kind {name!r} is not one of {', '.join(named)}")
+            rest = {key: item for key, item in value.items() if key != "kind"}
+            return from_plain(named[name], rest, where)
         for option in options[:-1]:
-            with contextlib.suppress(InputError, TypeError):
+            with contextlib.suppress(InputError):
                 return from_plain(option, value, where)
         return from_plain(options[-1], value, where)
     if origin is tuple:
-        inner = arguments[0]
         many = len(arguments) == 2 and arguments[1] is Ellipsis
-        kinds = [inner] * len(value) if many else list(arguments)
+        if not isinstance(value, list) or not (many or len(value) == len(arguments)):
+            raise InputError(f"{where}: expected a list for {kind}, found {value!r}")
+        kinds = arguments[:1] * len(value) if many else arguments
         return tuple(from_plain(k, v, where) for k, v in zip(kinds, value, strict=True))
-    if kind is float and isinstance(value, int):
+    if origin is typing.Literal and value not in arguments:
+        raise InputError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+    if kind is float and type(value) is int:
         return float(value)
+    if kind in (bool, int, float, str) and type(value) is not kind:
+        raise InputError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value
+
+
+def _dataclass_from_plain(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object, found {value!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}")
+    parts = {key: from_plain(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+    try:
+        return kind(**parts)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a temporary name, then renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -162,28 +216,31 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON: {error}") from None
 
 
-def write_config(workdir: Path, job: Job) -> None:
-    """Writes config.json: the job's name, its whole config and its identity."""
-    if jax.process_index() == 0:
-        plain = {"job": job.name, "config": to_plain(job.config), "identity": to_plain(job.identity)}
-        write_json(workdir / "config.json", plain)
+def open_run_folder(workdir: Path, job: Job) -> None:
+    """Makes the folder and writes config.json: the job's name, its whole config and its identity.
 
-
-def check_identity(workdir: Path, job: Job) -> None:
-    """Refuses to continue a run folder that belongs to another job or model."""
+    Raises:
+      InputError: If the folder holds a run of another job, or a checkpoint of another model.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir}: a file is where the run folder should be")
+    plain = {"job": job.name, "config": to_plain(job.config), "identity": to_plain(job.identity)}
     path = workdir / "config.json"
-    if not path.exists():
-        return
-    saved, wanted = read_json(path), to_plain(job.identity)
-    if saved.get("job") != job.name:
-        raise InputError(f"{workdir} holds a {saved.get('job')!r} run, not {job.name!r}")
-    difference = first_difference(saved.get("identity"), wanted)
-    if difference and (workdir / "checkpoints").exists():
-        key, old, new = difference
-        raise InputError(
-            f"{workdir} holds a checkpoint of another model: {key} is {old!r} there and {new!r} "
-            "here; choose another --workdir"
-        )
+    if path.exists():
+        saved = read_json(path)
+        if not isinstance(saved, dict) or saved.get("job") != job.name:
+            found = saved.get("job") if isinstance(saved, dict) else saved
+            raise InputError(f"{workdir} holds a {found!r} run, not {job.name!r}")
+        difference = first_difference(saved.get("identity"), plain["identity"])
+        if difference and any(workdir.glob("checkpoints/[0-9]*")):
+            key, old, new = difference
+            raise InputError(
+                f"{workdir} holds a checkpoint of another model: {key} is {old!r} there and "
+                f"{new!r} here; choose another --workdir"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, plain)
 
 
 def first_difference(old: Any, new: Any, key: str = "model") -> tuple[str, Any, Any] | None:

@@ -1,7 +1,7 @@
 """What training carries from step to step, as one pytree.
 
 `params` is what gradients train; `extra` is what the forward pass updates itself (codebooks that
-follow an average, fixed tables); both are nested dicts of arrays, so every leaf has a readable path.
+follow an average, fixed tables); both are nested dicts of arrays, so every leaf has a path.
 """
 
 from __future__ import annotations

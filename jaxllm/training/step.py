@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxllm.errors import InputError
 from jaxllm.parallel.sharding import leaf_paths
 from jaxllm.training.optimizer import OptimizerConfig
 from jaxllm.training.state import TrainState, Tree
@@ -43,6 +45,11 @@ def make_step(
         if config.accumulate == 1:
             (loss, metrics), grads = grad_fn(state.params, batch, key)
             return grads, {"loss": loss, **metrics}
+        rows = len(jax.tree.leaves(batch)[0])
+        if rows % config.accumulate:
+            raise InputError(
+                f"batch size {rows} is not a multiple of optimizer.accumulate {config.accumulate}"
+            )
         # Every accumulate-th example makes a micro-batch, so that each spans all devices.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
@@ -88,34 +95,39 @@ def apply_gradients(
         "param_norm": optax.global_norm(params),
         "update_norm": optax.global_norm(updates),
     }
-    return (
-        TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=ema,
-            extra=state.extra if extra is None else extra,
-            first_bad=_first_bad(state, _watched(batch, metrics["loss"], grads)),
-        ),
-        metrics,
+    new = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=ema,
+        extra=state.extra if extra is None else extra,
     )
-
-
-def _watched(batch: Batch, loss: jax.Array, grads: Tree) -> list[Tree]:
-    # The order of blame: a bad batch explains a bad loss, a bad loss explains bad gradients.
-    return [batch, loss, grads]
-
-
-def _first_bad(state: TrainState, watched: list[Tree]) -> jax.Array:
-    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(watched)])
-    found = jnp.stack([state.step + 1, jnp.argmin(finite).astype(jnp.int32)])
+    watched = jax.tree.leaves([part for _, part in _watched(batch, metrics["loss"], grads, new)])
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in watched])
+    found = jnp.stack([new.step, jnp.argmin(finite).astype(jnp.int32)])
     keep = (state.first_bad[0] >= 0) | jnp.all(finite)
-    return jnp.where(keep, state.first_bad, found)
+    return dataclasses.replace(new, first_bad=jnp.where(keep, state.first_bad, found)), metrics
 
 
-def watched_names(batch: Batch, params: Tree) -> list[str]:
-    """Names the tensors that `first_bad` numbers, in its order."""
-    parts = zip(("batch", "", "gradient of"), _watched(batch, jnp.zeros(()), params), strict=True)
+def _watched(batch: Tree, loss: Any, grads: Tree, new: TrainState) -> list[tuple[str, Tree]]:
+    # The order of blame: a bad batch explains a bad loss, a bad loss bad gradients, and those a bad
+    # update; but an update may also overflow by itself.
     return [
-        f"{what} {path}".strip() or "loss" for what, part in parts for path, _ in leaf_paths(part)
+        ("batch", batch),
+        ("loss", loss),
+        ("gradient of", grads),
+        ("updated", new.params),
+        ("updated average of", new.ema),
+        ("optimizer state", new.opt_state),
+        ("extra state", new.extra),
+    ]
+
+
+def watched_names(batch: Tree, state: TrainState) -> list[str]:
+    """Names the tensors that `first_bad` numbers, in its order; both arguments may be abstract."""
+    return [
+        f"{what} {path}".strip()
+        for what, part in _watched(batch, 0.0, state.params, state)
+        for path, _ in leaf_paths(part)
     ]
