@@ -54,7 +54,8 @@ def token_log_probs(
         logits = vocabulary_logits(part, kernel)
         if bias is not None:
             logits = logits + bias
-        picked = jnp.take_along_axis(logits, part_ids[:, None], axis=-1, mode="clip")[:, 0]
+        inside = jnp.clip(part_ids, 0, logits.shape[-1] - 1)  # A negative index would wrap.
+        picked = jnp.take_along_axis(logits, inside[:, None], axis=-1)[:, 0]
         log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
         return log_probs, jax.lax.stop_gradient(jnp.argmax(logits, axis=-1) == part_ids)
 
