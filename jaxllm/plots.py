@@ -41,7 +41,9 @@ def plot_runs(runs: Sequence[Path], out: Path, metrics: Sequence[str] | None = N
     unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
         what = unknown[0] if unknown else "no metric"
-        raise InputError(f"{what}: not in {runs[0]}/metrics.jsonl, which has {', '.join(known[:12])}")
+        raise InputError(
+            f"{what}: not in {runs[0]}/metrics.jsonl, which has {', '.join(known[:12])}"
+        )
     columns = min(3, len(metrics))
     rows_of_panels = -(-len(metrics) // columns)
     figure, axes = plt.subplots(

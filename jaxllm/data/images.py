@@ -323,7 +323,11 @@ def read_jsonl_images(path: Path, config: ImageDataConfig) -> ImageFiles:
             raise InputError(
                 f'{path}:{number}: expected {{"image": path, "label": int or name}}'
             ) from None
-        if isinstance(label, bool) or not isinstance(label, int | str) or str(label).startswith("-"):
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, int | str)
+            or str(label).startswith("-")
+        ):
             raise InputError(f"{path}:{number}: label {label!r} is neither a name nor an int >= 0")
         paths.append(path.parent / image)
         raw.append(label)
@@ -366,7 +370,10 @@ class _Tfds:
     def __getitem__(self, index: int) -> Example:
         record = self._data[index]
         image = np.asarray(record["image"])
-        return {"image": image if image.ndim == 3 else image[..., None], "label": int(record["label"])}
+        return {
+            "image": image if image.ndim == 3 else image[..., None],
+            "label": int(record["label"]),
+        }
 
 
 def _tfds(config: ImageDataConfig, split: Split) -> ImageSource:

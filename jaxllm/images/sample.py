@@ -22,6 +22,7 @@ from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.training.run_folder import read_json
 
+
 def tokenizer_run_of(run_dir: Path, run: Any) -> Path:
     """Returns the tokenizer run that made the codes a code model was trained on."""
     meta = Path(run.data.cache) / "train" / "meta.json"
@@ -49,7 +50,9 @@ class Decoder:
         blueprint = tokenizer_blueprint(run.model, compute_dtype(run.precision))
         return cls(blueprint, params["tokenizer"], extra["tokenizer"])
 
-    def __call__(self, codes: np.ndarray, *, depth: int | None = None, batch: int = 64) -> np.ndarray:
+    def __call__(
+        self, codes: np.ndarray, *, depth: int | None = None, batch: int = 64
+    ) -> np.ndarray:
         """Decodes codes [n, cells, C], or their first `depth` levels, to images in [-1, 1]."""
 
         def run(params: Any, extra: Any, part: jax.Array) -> jax.Array:
