@@ -35,7 +35,10 @@ _HELD_OUT = {"validation": 0.1, "test": 0.2}
 class ImageSource(Protocol):
     """A labelled image data set."""
 
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, in label order."""
+        ...
 
     def __len__(self) -> int:
         """Returns the number of images."""

@@ -91,7 +91,8 @@ class DrawCrop:
 def open_codes(folder: Path) -> CodeSource:
     """Opens one split of a code cache; InputError names what is missing, torn or out of range."""
     meta = read_json(folder / "meta.json")
-    shards, labels = [], []
+    shards: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for number in range(meta["shards"]):
         for kind, into in (("codes", shards), ("labels", labels)):
             path = folder / f"{kind}-{number:05d}.npy"
