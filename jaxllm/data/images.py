@@ -1,7 +1,7 @@
 """Image sources: bundled samples, a folder per class, JSONL, TFDS. All give the same examples.
 
-An example is {"image": uint8 [H, W, channels], "label": int}. Sources are read lazily where the data
-is on disk and are random access, so the pipeline can start at any step.
+An example is {"image": uint8 [H, W, channels], "label": int}. Sources are read lazily where the
+data is on disk and are random access, so the pipeline can start at any step.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ImageDataConfig:
     image_size: tuple[int, int] = (32, 32)
     channels: int = 1
     resize: Literal["pad", "crop"] = "pad"
-    """`pad` centres images of one common size on black; `crop` scales the shorter side and crops."""
+    """`pad` centres images of one size on black; `crop` scales the shorter side and crops."""
     flip: bool = True
     """Mirror half of the training images."""
     jitter: int = 1
@@ -147,8 +147,8 @@ def open_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """Returns the images of one split.
 
     Bundled images, folders and JSONL files without splits of their own are cut per class, by a
-    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test. A
-    folder that has sub-folders named train/validation/test is used as it is.
+    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test.
+    A folder that has sub-folders named train/validation/test is used as it is.
     """
     kind = config.resolved_source
     if kind in ("words", "pages"):

@@ -127,8 +127,9 @@ def crops_of(
 ) -> np.ndarray:
     """Returns the crops of one uint8 image, [crops, H, W, channels].
 
-    `one` is the centre crop, `flip` adds its mirror image. `ten` is the paper's: four corners and the centre of an image scaled to 1.1 times the size, and
-    their mirror images; the centre comes first. Images that are padded instead of cropped are moved
+    `one` is the centre crop, `flip` adds its mirror image. `ten` is the paper's: four corners and
+    the centre of an image scaled to 1.1 times the size, and their mirror images; the centre comes
+    first. Images that are padded instead of cropped are moved
     by `jitter` pixels in place of the corners.
     """
     height, width = config.image_size
