@@ -43,7 +43,9 @@ def _main(kinds: type | tuple[type, ...], run: Callable[[Any, Path], Any], given
             break
     config = override(load_config(path), rest)
     if not isinstance(config, kinds):
-        names = kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
+        names = (
+            kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
+        )
         raise InputError(f"config {path}: is a {type(config).__name__}, this script needs {names}")
     start_distributed(getattr(getattr(config, "mesh", None), "distributed", "off"))
     run(config, workdir)

@@ -58,7 +58,7 @@ def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
         return {}
     decoder = Decoder.load(workdir / "tokenizer")
     extract_splits(decoder, data, "one", workdir, seconds)
-    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"))
+    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"), sampling=run.sampling)
     if not run_stage("code_model", code_model_job(cached), workdir, seconds):
         return {}
     start = time.perf_counter()
@@ -69,9 +69,7 @@ def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
     _, train_texts = pictures_and_texts(data, "train", 8192)
     language = CharacterModel.fit(train_texts, order=3)
     by_depth = reconstruct(decoder.blueprint, decoder.params, decoder.extra, test)
-    codes, _ = generator.sample(
-        np.zeros(run.samples, int), seed=run.seed, config=run.sampling
-    )
+    codes, _ = generator.sample(np.zeros(run.samples, int), seed=run.seed, config=run.sampling)
     samples = decoder(codes)
 
     def read(images: np.ndarray) -> list[str]:
@@ -89,7 +87,9 @@ def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
     drawn, known = likelihood["samples"].texts, set(train_texts)
     result = {
         "tokenizer": measure_tokenizer(decoder.blueprint, decoder.params, decoder.extra, test),
-        "rocr": {name: {"f1": f.f1, "exact": f.exact, "empty": f.empty} for name, f in fidelity.items()},
+        "rocr": {
+            name: {"f1": f.f1, "exact": f.exact, "empty": f.empty} for name, f in fidelity.items()
+        },
         "ppl_ocr": {
             name: {k: v for k, v in asdict(p).items() if k not in ("per_image", "texts")}
             for name, p in likelihood.items()
