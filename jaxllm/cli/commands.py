@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.data.records import write_jsonl
+from jaxllm.data.records import check_target, write_jsonl
 from jaxllm.decoding.code_stacks import SamplingConfig
 from jaxllm.errors import InputError
 from jaxllm.images.sample import Decoder, Generator, tokenizer_run_of
@@ -18,8 +18,15 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
     """Draws images of given classes and writes them as one grid, a row per class."""
     from jaxllm.images.pictures import save_grid
 
-    if options.n < 1:
-        raise InputError(f"--n {options.n} must be at least 1")
+    for name in ("n", "best_of"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(options, name)} must be at least 1")
+    if options.complete and options.best_of > 1:
+        raise InputError("--complete and --best-of cannot be combined")
+    if options.rows and not options.complete:
+        raise InputError(f"--rows {options.rows} needs --complete, the image whose rows are kept")
+    check_target(Path(options.out))
     generator = Generator.load(Path(options.run))
     tokenizer = options.tokenizer or tokenizer_run_of(Path(options.run), generator.run)
     decoder = Decoder.load(Path(tokenizer))
@@ -35,7 +42,8 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
     else:
         codes, log_probs = generator.sample(ids, seed=options.seed, config=config)
         totals = log_probs.sum(axis=(1, 2))
-    images = decoder(codes).reshape(len(classes), options.n, *_image_shape(decoder))
+    images = decoder(codes)
+    images = images.reshape(len(classes), options.n, *images.shape[1:])
     names = [generator.class_names[c] for c in classes]
     save_grid(Path(options.out), list(images), row_names=names)
     mean = totals.reshape(len(classes), options.n).mean(axis=1)
@@ -44,11 +52,6 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
         for name, c, m in zip(names, classes, mean, strict=True)
     ]
     return {"out": options.out, "seed": options.seed, "classes": rows}
-
-
-def _image_shape(decoder: Decoder) -> tuple[int, int, int]:
-    model = decoder.blueprint.build(decoder.params, decoder.extra).config
-    return (*model.image_size, model.channels)
 
 
 def _sampling(base: SamplingConfig, options: argparse.Namespace) -> SamplingConfig:
@@ -73,22 +76,20 @@ def _complete(
     config: SamplingConfig,
     options: argparse.Namespace,
 ) -> tuple[np.ndarray, np.ndarray]:
-    from jaxllm.data.images import normalise, pad_shifted, read_image
+    from jaxllm.data.images import PrepareImage, read_image
     from jaxllm.images.codes import encode_images
 
-    height, width, channels = _image_shape(decoder)
     if not 0 < options.rows <= generator.run.model.grid[0]:
         raise InputError(
             f"--rows {options.rows} must be between 1 and {generator.run.model.grid[0]}"
         )
-    picture = read_image(Path(options.complete), channels)
-    if picture.shape[0] > height or picture.shape[1] > width:
-        raise InputError(
-            f"{options.complete}: {picture.shape[1]}x{picture.shape[0]} pixels do not fit the "
-            f"model's {width}x{height}"
-        )
-    image = normalise(pad_shifted(picture, height, width))[None]
-    codes = encode_images(decoder.blueprint, decoder.params, decoder.extra, image)
+    picture = read_image(Path(options.complete), decoder.data.channels)
+    prepare = PrepareImage(decoder.data, train=False)
+    try:
+        image = prepare({"image": picture, "label": 0}, np.random.default_rng(0))["image"]
+    except InputError as error:
+        raise InputError(f"{options.complete}: {error}") from None
+    codes = encode_images(decoder.blueprint, decoder.params, decoder.extra, image[None])
     given = np.repeat(codes, len(ids), axis=0)
     return generator.sample(
         ids, seed=options.seed, config=config, given=given, given_rows=options.rows
@@ -100,6 +101,7 @@ def logprobs(options: argparse.Namespace) -> dict[str, Any]:
     from jaxllm.images.code_models import CodeScorer
     from jaxllm.images.records import read_code_rows
 
+    check_target(Path(options.output))
     generator = Generator.load(Path(options.model))
     model = generator.run.model
     rows = read_code_rows(Path(options.input), model)
@@ -157,6 +159,7 @@ def plot(options: argparse.Namespace) -> dict[str, Any]:
     """Plots metrics of run folders."""
     from jaxllm.plots import plot_runs
 
+    check_target(Path(options.out))
     drawn = plot_runs([Path(run) for run in options.runs], Path(options.out), options.metric)
     return {"out": options.out, "metrics": drawn}
 
@@ -174,9 +177,8 @@ def data(options: argparse.Namespace) -> dict[str, Any]:
     """Lists, describes or verifies bundled data."""
     from jaxllm.data.provenance import describe, names, verify
 
-    if options.name is None:
-        return {"data sets": [describe(name) for name in names()]}
-    result = describe(options.name)
+    found = [describe(name) for name in (names() if options.name is None else [options.name])]
     if options.verify:
-        result["verified files"] = verify(options.name)
-    return result
+        for result in found:
+            result["verified files"] = verify(result["name"])
+    return {"data sets": found} if options.name is None else found[0]

@@ -112,7 +112,7 @@ def _run(arguments: list[str]) -> int:
 
     result = getattr(commands, options.function)(options)
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
         show(result)
     return 0
@@ -123,7 +123,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, highlight=False, emoji=False)  # Paths may hold [brackets].
     plain = {k: v for k, v in result.items() if not isinstance(v, list) or not v}
     plain |= {k: v for k, v in result.items() if isinstance(v, list) and not _is_rows(v)}
     if plain:

@@ -39,8 +39,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_target(path: Path) -> None:
+    """Raises InputError where no file can be written at `path`; to be called before long work."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InputError(f"{path}: {parent} is a file, expected a folder")
+            break
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes records to a temporary name, then renames it."""
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:

@@ -16,7 +16,7 @@ from jaxllm.decoding.code_stacks import SamplingConfig
 from jaxllm.errors import InputError
 from jaxllm.images.classifier import Scorer, classifier_job, held_out
 from jaxllm.images.code_models import CodeScorer, code_model_job
-from jaxllm.images.codes import Crops, encode_images, extract_codes, open_codes
+from jaxllm.images.codes import Crops, encode_images, extract_codes, open_codes, origin
 from jaxllm.images.config import ClassifierRun, CodeModelRun, TokenizerRun
 from jaxllm.images.pictures import save_grid
 from jaxllm.images.reconstruct import measure_tokenizer, save_reconstructions
@@ -72,7 +72,7 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
             return {}
     decoder = Decoder.load(workdir / "tokenizer")
     extract_splits(decoder, data, run.crops, workdir, seconds)
-    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"))
+    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"), sampling=run.sampling)
     if not run_stage("code_model", code_model_job(cached), workdir, seconds):
         return {}
 
@@ -124,11 +124,23 @@ def run_stage(name: str, job: Job, workdir: Path, seconds: dict[str, float]) -> 
 def extract_splits(
     decoder: Decoder, data: ImageDataConfig, crops: Crops, workdir: Path, seconds: dict[str, float]
 ) -> None:
-    """Extracts the codes of every split that has none yet; only training images get `crops`."""
+    """Extracts the codes of every split that has none yet; only training images get `crops`.
+
+    Raises:
+      InputError: A split has the codes of another tokenizer or of other images.
+    """
     start = time.perf_counter()
     for split in SPLITS:
         folder = workdir / "codes" / split
-        if not (folder / "meta.json").exists():
+        kept = crops if split == "train" else "one"
+        if (folder / "meta.json").exists():
+            wanted = origin(decoder.params, decoder.extra, data, kept)
+            if open_codes(folder).meta.get("made_from") != wanted:
+                raise InputError(
+                    f"{folder}: holds codes of another tokenizer or of other images; delete codes "
+                    f"and code_model in {workdir}, or choose another --workdir"
+                )
+        else:
             extract_codes(
                 decoder.blueprint,
                 decoder.params,
@@ -136,7 +148,7 @@ def extract_splits(
                 data,
                 split,
                 folder,
-                crops=crops if split == "train" else "one",
+                crops=kept,
                 tokenizer_run=workdir / "tokenizer",
             )
     seconds["codes"] = time.perf_counter() - start

@@ -59,7 +59,7 @@ def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
         return {}
     decoder = Decoder.load(workdir / "tokenizer")
     extract_splits(decoder, data, "one", workdir, seconds)
-    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"))
+    cached = replace_in(run.code_model, data__cache=str(workdir / "codes"), sampling=run.sampling)
     if not run_stage("code_model", code_model_job(cached), workdir, seconds):
         return {}
     start = time.perf_counter()
