@@ -150,9 +150,9 @@ def open_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """Returns the images of one split.
 
     Bundled images, folders and JSONL files without splits of their own are cut per class, by a
-    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test. A
-    folder that has sub-folders named train and validation or test is used as it is; a held-out split
-    that it lacks is the other one.
+    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test.
+    A folder that has sub-folders named train and validation or test is used as it is; a held-out
+    split that it lacks is the other one.
     """
     kind = config.resolved_source
     if kind in ("words", "pages"):
