@@ -223,8 +223,8 @@ def _finish(
     names = source.class_names
     if len(names) < 2 and not config.unconditional:
         raise InputError(
-            f"{config.folder or config.jsonl}: has one class, {names[0]!r}; a class-conditional model needs two or more "
-            "(or set --data.unconditional True)"
+            f"{config.folder or config.jsonl}: has one class, {names[0]!r}; a class-conditional "
+            "model needs two or more (or set --data.unconditional True)"
         )
     rows = []
     for label in range(len(names)):
