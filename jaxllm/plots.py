@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from jaxllm.errors import InputError  # noqa: E402
 from jaxllm.training.log import read_metrics  # noqa: E402
 
+FORMATS = ("png", "svg", "pdf")
+
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Returns the steps and values of one metric, without the rows that lack it."""
@@ -31,9 +33,12 @@ def plot_runs(runs: Sequence[Path], out: Path, metrics: Sequence[str] | None = N
         and evaluation.
 
     Raises:
-      InputError: A folder without metrics, or none of the metrics found.
+      InputError: A folder without metrics, none of the metrics found, or another ending of `out`.
     """
-    tables = {run.name: read_metrics(run / "metrics.jsonl") for run in runs}
+    if out.suffix[1:].lower() not in FORMATS:
+        raise InputError(f"{out}: its ending must be one of {', '.join(FORMATS)}")
+    short = len({run.name for run in runs}) == len(runs)
+    tables = {run.name if short else str(run): read_metrics(run / "metrics.jsonl") for run in runs}
     known = sorted({key for rows in tables.values() for row in rows for key in row} - {"step"})
     if metrics is None:
         wanted = ("loss", "nll", "psnr", "accuracy", "reconstruction")
@@ -41,7 +46,9 @@ def plot_runs(runs: Sequence[Path], out: Path, metrics: Sequence[str] | None = N
     unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
         what = unknown[0] if unknown else "no metric"
-        raise InputError(f"{what}: not in {runs[0]}/metrics.jsonl, which has {', '.join(known[:12])}")
+        raise InputError(
+            f"{what}: not in {runs[0]}/metrics.jsonl, which has {', '.join(known[:12])}"
+        )
     columns = min(3, len(metrics))
     rows_of_panels = -(-len(metrics) // columns)
     figure, axes = plt.subplots(
@@ -61,6 +68,8 @@ def plot_runs(runs: Sequence[Path], out: Path, metrics: Sequence[str] | None = N
         axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    temporary = out.with_name(out.name + ".tmp")
+    figure.savefig(temporary, dpi=120, format=out.suffix[1:].lower())
+    temporary.replace(out)
     plt.close(figure)
     return list(metrics)

@@ -1,22 +1,23 @@
 """Image sources: bundled samples, a folder per class, JSONL, TFDS. All give the same examples.
 
-An example is {"image": uint8 [H, W, channels], "label": int}. Sources are read lazily where the data
-is on disk and are random access, so the pipeline can start at any step.
+An example is {"image": uint8 [H, W, channels], "label": int}. Sources are read lazily where the
+data is on disk and are random access, so the pipeline can start at any step.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from jaxllm.data.pipeline import Example
+from jaxllm.data.records import read_jsonl
+from jaxllm.data.rendered_text import RenderedText, TextImageConfig, WordImageConfig
 from jaxllm.errors import InputError
 
 Split = Literal["train", "validation", "test"]
@@ -26,7 +27,9 @@ FASHION_CLASSES = (
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 QUICKDRAW_CLASSES = ("cat", "rainbow", "train")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
+# What Pillow raises for files that are no images, damaged, or absurdly large.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 # Fractions of each class for validation and test; the rest is for training.
 _HELD_OUT = {"validation": 0.1, "test": 0.2}
 
@@ -34,7 +37,10 @@ _HELD_OUT = {"validation": 0.1, "test": 0.2}
 class ImageSource(Protocol):
     """A labelled image data set."""
 
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, in label order."""
+        ...
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -49,9 +55,9 @@ class ImageSource(Protocol):
 class ImageDataConfig:
     """Which images, at which size, and how they are varied in training."""
 
-    source: Literal["fashion", "quickdraw", "fashion+quickdraw", "folder", "jsonl", "tfds"] = (
-        "fashion+quickdraw"
-    )
+    source: Literal[
+        "fashion", "quickdraw", "fashion+quickdraw", "words", "pages", "folder", "jsonl", "tfds"
+    ] = "fashion+quickdraw"
     folder: str | None = None
     """A folder with one sub-folder per class; setting it chooses the source `folder`."""
     jsonl: str | None = None
@@ -59,16 +65,23 @@ class ImageDataConfig:
     tfds: str = "imagenet2012"
     """Name of the TFDS data set for the source `tfds`, prepared as array_record."""
     tfds_dir: str | None = None
+    text_file: str | None = None
+    """UTF-8 text that `words` and `pages` render; None for the bundled Shakespeare."""
+    words: WordImageConfig = field(default_factory=WordImageConfig)
+    """Layout of the source `words`: one short word per image."""
+    pages: TextImageConfig = field(default_factory=TextImageConfig)
+    """Layout of the source `pages`: the paper's Text-Image recipe."""
     image_size: tuple[int, int] = (32, 32)
     channels: int = 1
     resize: Literal["pad", "crop"] = "pad"
-    """`pad` centres images of one common size on black; `crop` scales the shorter side and crops."""
+    """`pad` centres images of one size on black; `crop` scales the shorter side and crops."""
     flip: bool = True
     """Mirror half of the training images."""
     jitter: int = 1
     """Largest shift in pixels of padded training images."""
     balanced: bool = True
-    """Repeat images of rare classes so that every class is drawn equally often."""
+    """Repeat images of rare classes so that every class is drawn equally often (not for `tfds`,
+    whose labels are not read beforehand)."""
     unconditional: bool = False
     """Give every image the label 0."""
     batch_size: int = 64
@@ -137,23 +150,70 @@ def open_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """Returns the images of one split.
 
     Bundled images, folders and JSONL files without splits of their own are cut per class, by a
-    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test. A
-    folder that has sub-folders named train/validation/test is used as it is.
+    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test.
+    A folder that has sub-folders named train and validation or test is used as it is; a held-out
+    split that it lacks is the other one.
     """
     kind = config.resolved_source
+    if kind in ("words", "pages"):
+        return rendered(config, split)
     if kind == "tfds":
         return _tfds(config, split)
     if kind == "folder":
-        root = Path(config.folder or "")
-        if (root / "train").is_dir() and (root / "test").is_dir():
-            held = "validation" if (root / "validation").is_dir() else "test"
-            part = split if split != "validation" else held
-            return _finish(config, split, read_folder(root / part, config), cut=False)
-        return _finish(config, split, read_folder(root, config))
+        return _open_folder(config, split)
     if kind == "jsonl":
         return _finish(config, split, read_jsonl_images(Path(config.jsonl or ""), config))
     parts = [_BUNDLED[name]() for name in kind.split("+")]
     return _finish(config, split, _concatenate(parts))
+
+
+def _open_folder(config: ImageDataConfig, split: Split) -> ImageSource:
+    root = Path(config.folder or "")
+    held = [name for name in ("validation", "test") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not held:
+        return _finish(config, split, read_folder(root, config))
+    part = root / (split if split == "train" or split in held else held[0])
+    source = read_folder(part, config)
+    wanted = [path.name for path in _class_folders(root / "train")]
+    for name in sorted({*wanted, *source.class_names}):
+        if name not in wanted or name not in source.class_names:
+            raise InputError(f"{root}: class {name!r} is in only one of train and {part.name}")
+    return _finish(config, split, source, cut=False)
+
+
+@dataclass(frozen=True)
+class RenderedImages:
+    """Rendered text as images of one class; the text stays in each example under "text"."""
+
+    source: RenderedText
+    class_names: Sequence[str] = ("text",)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.source[index], "label": 0}
+
+
+def rendered(config: ImageDataConfig, split: Split) -> RenderedImages:
+    """Returns the rendered words or pages of one split; no word or page is in two splits.
+
+    Words are drawn by their frequency in the text, pages in order.
+    """
+    words = config.resolved_source == "words"
+    layout = config.words if words else config.pages
+    path = config.text_file or bundled("text", "tinyshakespeare.txt")
+    source = RenderedText(layout, path, split=split, on_bad_word="skip")
+    if words and split == "train":
+        source = RenderedText(
+            layout,
+            path,
+            split=split,
+            sampling="frequency",
+            num_examples=8 * source.texts,
+            on_bad_word="skip",
+        )
+    return RenderedImages(source)
 
 
 def _finish(
@@ -163,15 +223,18 @@ def _finish(
     names = source.class_names
     if len(names) < 2 and not config.unconditional:
         raise InputError(
-            f"the data has one class, {names[0]!r}; a class-conditional model needs two or more "
-            "(or set --data.unconditional True)"
+            f"{config.folder or config.jsonl}: has one class, {names[0]!r}; a class-conditional "
+            "model needs two or more (or set --data.unconditional True)"
         )
     rows = []
     for label in range(len(names)):
         mine = np.flatnonzero(labels == label)
         rows.append(_rows_of_split(mine, split) if cut else mine)
         if not len(rows[-1]):
-            raise InputError(f"class {names[label]!r} has {len(mine)} images, too few for {split}")
+            raise InputError(
+                f"{config.folder or config.jsonl}: class {names[label]!r} has {len(mine)} images, "
+                f"too few for {split}"
+            )
     chosen = balance(rows) if split == "train" and config.balanced else np.concatenate(rows)
     return Subset(source, chosen, config.unconditional)
 
@@ -237,7 +300,7 @@ def read_image(path: Path, channels: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
     return array if channels == 3 else array[..., None]
 
@@ -251,12 +314,12 @@ def read_folder(root: Path, config: ImageDataConfig) -> ImageFiles:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected one sub-folder of images per class")
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    classes = _class_folders(root)
     paths, labels = [], []
     for label, folder in enumerate(classes):
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise InputError(f"{folder}: holds no images ({', '.join(sorted(_SUFFIXES))})")
+            raise InputError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
         labels += [label] * len(files)
     if not paths:
@@ -265,32 +328,35 @@ def read_folder(root: Path, config: ImageDataConfig) -> ImageFiles:
     return ImageFiles(paths, labels, [path.name for path in classes], config.channels)
 
 
+def _class_folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
 def read_jsonl_images(path: Path, config: ImageDataConfig) -> ImageFiles:
     """Opens a JSONL file of {"image": path relative to the file, "label": int or name}."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     paths: list[Path] = []
     raw: list[int | str] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            image, label = row["image"], row["label"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(
-                f'{path}:{number}: expected {{"image": path, "label": int or name}}'
-            ) from None
-        if isinstance(label, bool) or not isinstance(label, int | str) or str(label).startswith("-"):
-            raise InputError(f"{path}:{number}: label {label!r} is neither a name nor an int >= 0")
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: record {number}"
+        image, label = row.get("image"), row.get("label")
+        if not isinstance(image, str) or label is None:
+            raise InputError(f'{where}: expected {{"image": path, "label": int or name}}')
+        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+            raise InputError(f"{where}: label {label!r} is neither a name nor an int")
+        if isinstance(label, int) and not 0 <= label < len(rows):
+            raise InputError(f"{where}: label {label} is outside 0 .. {len(rows) - 1}")
+        if not (path.parent / image).is_file():
+            raise InputError(f"{where}: image {path.parent / image}: no such file")
         paths.append(path.parent / image)
         raw.append(label)
-    if not paths:
-        raise InputError(f"{path}: holds no records")
     if all(isinstance(label, int) for label in raw):
         names = [str(i) for i in range(max(int(label) for label in raw) + 1)]
         labels = [int(label) for label in raw]
     else:
         names = sorted({str(label) for label in raw})
-        labels = [names.index(str(label)) for label in raw]
+        numbers = {name: i for i, name in enumerate(names)}
+        labels = [numbers[str(label)] for label in raw]
     _check_files(paths, config)
     return ImageFiles(paths, labels, names, config.channels)
 
@@ -302,7 +368,7 @@ def _check_files(paths: Sequence[Path], config: ImageDataConfig) -> None:
             with Image.open(path) as image:
                 size = image.size
                 image.verify()
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{path}: not a readable image ({error})") from None
         first = first or (path, size)
         if config.resize == "pad" and size != first[1]:
@@ -322,7 +388,10 @@ class _Tfds:
     def __getitem__(self, index: int) -> Example:
         record = self._data[index]
         image = np.asarray(record["image"])
-        return {"image": image if image.ndim == 3 else image[..., None], "label": int(record["label"])}
+        return {
+            "image": image if image.ndim == 3 else image[..., None],
+            "label": int(record["label"]),
+        }
 
 
 def _tfds(config: ImageDataConfig, split: Split) -> ImageSource:
@@ -336,12 +405,13 @@ def _tfds(config: ImageDataConfig, split: Split) -> ImageSource:
         held = "validation" if "validation" in builder.info.splits else "test"
         data = builder.as_data_source(split="train" if split == "train" else held)
     except Exception as error:  # TFDS raises many types; each means "not prepared here".
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(
             f"TFDS data set {config.tfds!r} is not available as array_record in "
             f"{config.tfds_dir or 'the default folder'}: {reason}"
         ) from None
-    return _Tfds(data, names)
+    source = _Tfds(data, names)
+    return Subset(source, np.arange(len(source)), True) if config.unconditional else source
 
 
 # -- transforms ----------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxllm.parallel.sharding import constrain
+
 
 @struct.dataclass
 class FullCache:
@@ -60,4 +62,8 @@ def init_cache(
     """Returns zeroed caches for `shape` = (layers, kv heads, positions, head size)."""
     layers, kv_heads, length, dim = shape
     size = (batch, kv_heads, length, dim)
-    return [FullCache(jnp.zeros(size, dtype), jnp.zeros(size, dtype)) for _ in range(layers)]
+
+    def zeros() -> jax.Array:
+        return constrain(jnp.zeros(size, dtype), "batch", "heads", None, None)
+
+    return [FullCache(zeros(), zeros()) for _ in range(layers)]

@@ -20,6 +20,7 @@ from jaxllm.decoding.cache import init_cache
 from jaxllm.decoding.guidance import Schedule, guidance_scales, guide, pair
 from jaxllm.decoding.sampling import check_filters, sample_token
 from jaxllm.errors import InputError
+from jaxllm.parallel.sharding import constrain
 
 Tree = Any
 
@@ -86,10 +87,15 @@ class SamplingConfig:
 
 
 class CodeSampler:
-    """A compiled sampler; compiles once per batch shape, whatever the scales and temperatures."""
+    """A compiled sampler; compiles once per batch shape, whatever the scales and temperatures.
+
+    Under `jax.set_mesh` the batch and the caches are split over the mesh, with the same samples.
+    """
 
     def __init__(self, build: Callable[[Tree, Tree], CodeModel]):
         self.build = build
+        self.traces = 0
+        """Times the loop was traced, that is, compiled for another batch shape or option."""
         self._run = jax.jit(self._decode, static_argnames=("top_k", "guided", "filtered"))
 
     def __call__(
@@ -177,7 +183,9 @@ class CodeSampler:
         guided: bool,
         filtered: bool,
     ) -> tuple[jax.Array, jax.Array]:
+        self.traces += 1  # Runs while tracing only.
         model = self.build(params, extra)
+        class_ids, image_ids = constrain(class_ids, "batch"), constrain(image_ids, "batch")
         depth, cells = model.config.depth, model.config.cells
         layers = model.unstack()
         rows = pair(class_ids, model.config.null_class) if guided else class_ids
@@ -192,7 +200,9 @@ class CodeSampler:
             def choose(i: int, logits: jax.Array) -> jax.Array:
                 conditional = logits[0::copies]
                 mixed = guide(logits, scales[position, i]) if guided else logits
-                draw_keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, position), i))
+                draw_keys = jax.vmap(
+                    lambda k: jax.random.fold_in(jax.random.fold_in(k, position), i)
+                )
                 code = sample_token(
                     draw_keys(keys),
                     mixed,

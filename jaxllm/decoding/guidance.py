@@ -1,7 +1,8 @@
 """Classifier-free guidance: conditional and unconditional rows side by side in one batch.
 
-Rows 2i and 2i + 1 belong to the same image, so a batch sharded over devices keeps both on one device
-and guidance needs no communication. Eq. 4 of arXiv:2410.01912 (Ho and Salimans, arXiv:2207.12598).
+Rows 2i and 2i + 1 belong to the same image, so a batch sharded over devices keeps both on one
+device and guidance needs no communication. Eq. 4 of arXiv:2410.01912 (Ho and Salimans,
+arXiv:2207.12598).
 """
 
 from __future__ import annotations

@@ -22,15 +22,18 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
         raise InputError(f"top_p {top_p} must be above 0 and at most 1 (1 is off)")
 
 
-def filter_logits(logits: jax.Array, *, top_k: int = 0, top_p: jax.Array | float = 1.0) -> jax.Array:
+def filter_logits(
+    logits: jax.Array, *, top_k: int = 0, top_p: jax.Array | float = 1.0
+) -> jax.Array:
     """Sets logits [..., V] outside the top-k and the nucleus of mass `top_p` to -inf.
 
-    `top_k` is static, 0 turns it off; `top_p` may be traced.
+    Exactly `top_k` tokens stay, and exactly as many as it takes to reach `top_p`: of equal logits
+    the lower ids. `top_k` is static, 0 turns it off; `top_p` may be traced.
     """
     size = logits.shape[-1]
     if 0 < top_k < size:
         kth = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        logits = jnp.where(_highest(logits, kth, top_k), logits, -jnp.inf)
     if isinstance(top_p, float) and top_p >= 1.0:
         return logits
     descending = -jnp.sort(-logits, axis=-1)
@@ -39,7 +42,15 @@ def filter_logits(logits: jax.Array, *, top_k: int = 0, top_p: jax.Array | float
     kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
     threshold = jnp.take_along_axis(descending, kept - 1, axis=-1)
     # A top_p of 1 must keep everything even where the cumulative sum rounds to 1 early.
-    return jnp.where((logits < threshold) & (top_p < 1.0), -jnp.inf, logits)
+    inside = _highest(logits, threshold, kept) | (top_p >= 1.0)
+    return jnp.where(inside, logits, -jnp.inf)
+
+
+def _highest(logits: jax.Array, lowest: jax.Array, count: jax.Array | int) -> jax.Array:
+    """Marks the `count` highest logits, the last of which is `lowest`; ties go to lower ids."""
+    above, tied = logits > lowest, logits == lowest
+    places = count - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= places))
 
 
 def sample_token(

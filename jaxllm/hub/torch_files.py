@@ -1,8 +1,10 @@
 """PyTorch checkpoint files read without PyTorch, and without running anything they contain.
 
 A `.pt` or `.pth` file is a zip archive: `data.pkl` describes the object, `data/KEY` holds the bytes
-of each storage. The pickle is read by an unpickler that resolves a short list of names to harmless
-stand-ins defined here and refuses every other name, so a hostile file can at worst fail to load.
+of each storage. Before torch 1.6 it was a chain of pickles (magic number, protocol, machine,
+object, storage keys) and then the storages. Pickles are read by an unpickler that resolves a short
+list of names to harmless stand-ins defined here and refuses every other name, so a hostile file can
+at worst fail to load.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -46,7 +48,7 @@ _DTYPES = {name: np.dtype(name) for name in sorted(_PLAIN)} | {
 }
 _Ints = tuple[int, ...]
 # The magic number 0x1950a86a20f9469cfc6c, pickled: the first bytes of files before torch 1.6.
-_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
+_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 
 
 class Opaque:
@@ -76,7 +78,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
     """Reads a torch zip checkpoint into plain containers and NumPy arrays.
 
     Args:
-      path: a `.pt` or `.pth` file of torch 1.6 or newer.
+      path: a `.pt` or `.pth` file, of torch 1.6 or newer (zip) or older (legacy).
 
     Returns:
       The saved object: dicts (an argparse namespace becomes one), lists, tuples, numbers, strings,
@@ -84,31 +86,35 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
       storage share memory. Configuration objects become `Opaque`.
 
     Raises:
-      InputError: the file is missing, truncated, in the format before torch 1.6, no checkpoint, or
-        names a global outside the list of allowed ones.
+      InputError: the file is missing, truncated, no checkpoint, or names a global outside the list
+        of allowed ones.
     """
     try:
         with open(path, "rb") as file:
             if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
-                raise InputError(
-                    "legacy format of torch before 1.6, expected a zip checkpoint; load and save "
-                    "it once with a current torch"
-                )
+                return _load_legacy(file)
             with zipfile.ZipFile(file) as archive:
-                return _Unpickler(archive).load()
+                return _load_zip(archive)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}, expected a checkpoint") from error
     except Exception as error:  # whatever a broken or hostile file can make the two readers raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: not a readable torch zip checkpoint ({reason})") from error
+        raise InputError(f"{path}: not a readable torch checkpoint ({reason})") from error
 
 
 def load_state_dict(
     path: str | os.PathLike[str], keys: Sequence[str] = ("state_dict", "model", "module")
 ) -> dict[str, np.ndarray]:
-    """Reads the named tensors of a checkpoint, `.safetensors` or torch zip.
+    """Reads the named tensors of a checkpoint; see `load_checkpoint`."""
+    return load_checkpoint(path, keys)[0]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], keys: Sequence[str] = ("state_dict", "model", "module")
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the named tensors of a checkpoint and what lies beside them, `.safetensors` or torch.
 
     Args:
       path: the file.
@@ -117,32 +123,51 @@ def load_state_dict(
         as `("ema",)`.
 
     Returns:
-      Name -> array, without the leading `_orig_mod.` (torch.compile) and `module.` (data parallel).
+      Name -> array, without the leading `_orig_mod.` (torch.compile) and `module.` (data parallel);
+      and the file's top level, empty if that is the dictionary of tensors itself.
 
     Raises:
       InputError: as `load_torch_file`; or no dictionary of tensors under an accepted key; or two
         names that become equal without their prefix.
     """
     if Path(path).suffix == ".safetensors":
-        found: Any = _load_safetensors(path)
-    else:
-        found = load_torch_file(path)
-        if isinstance(found, dict):
-            found = next((found[key] for key in keys if isinstance(found.get(key), dict)), found)
+        return named_tensors(_load_safetensors(path), path), {}
+    found = load_torch_file(path)
+    if isinstance(found, dict):
+        for key in keys:
+            if isinstance(found.get(key), dict):
+                return named_tensors(found[key], path), found
+    expected = f"tensors, or a dictionary of tensors under one of {', '.join(keys)}"
+    return named_tensors(found, path, expected), {}
+
+
+def named_tensors(
+    found: Any, where: str | os.PathLike[str], expected: str = "tensors"
+) -> dict[str, np.ndarray]:
+    """Returns a loaded dictionary of tensors without the prefixes that wrappers put before names.
+
+    Args:
+      found: what `load_torch_file` returned, or a part of it.
+      where: what an error calls it, such as the file.
+      expected: what an error asks for.
+
+    Returns:
+      Name -> array, without the leading `_orig_mod.` (torch.compile) and `module.` (data parallel).
+
+    Raises:
+      InputError: not a dictionary of tensors, or two names that become equal without their prefix.
+    """
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, expected a dictionary")
+        raise InputError(f"{where}: holds a {type(found).__name__}, expected a dictionary")
     tensors: dict[str, np.ndarray] = {}
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise InputError(
-                f"{path}: {name!r} is a {type(value).__name__}, expected tensors, "
-                f"or a dictionary of tensors under one of {', '.join(keys)}"
-            )
+            raise InputError(f"{where}: {name!r} is a {type(value).__name__}, expected {expected}")
         short = name
         while short.startswith(("_orig_mod.", "module.")):
             short = short.split(".", 1)[1]
         if short in tensors:
-            raise InputError(f"{path}: two tensors are named {short} once prefixes are stripped")
+            raise InputError(f"{where}: two tensors are named {short} once prefixes are stripped")
         tensors[short] = value
     return tensors
 
@@ -155,21 +180,69 @@ def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a readable safetensors file ({reason})") from error
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads `data.pkl` of an archive, resolving names to the stand-ins of `_allowed_globals`."""
+def _load_zip(archive: zipfile.ZipFile) -> Any:
+    pickles = [n for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise InputError(f"{len(pickles)} records named */data.pkl, expected 1")
+    root = pickles[0].removesuffix("data.pkl")
+    order = f"{root}byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise InputError(f"byte order {archive.read(order)!r}, expected little")
+    stored: dict[str, bytes] = {}
 
-    def __init__(self, archive: zipfile.ZipFile):
-        pickles = [n for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
-        if len(pickles) != 1:
-            raise InputError(f"{len(pickles)} records named */data.pkl, expected 1")
-        self._archive = archive
-        self._root = pickles[0].removesuffix("data.pkl")
-        order = f"{self._root}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
-            raise InputError(f"byte order {archive.read(order)!r}, expected little")
-        self._bytes: dict[str, bytes] = {}
+    def read(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        if key not in stored:
+            stored[key] = archive.read(f"{root}data/{key}")
+        if len(stored[key]) < count * dtype.itemsize:
+            raise InputError(
+                f"storage {key} has {len(stored[key])} bytes, expected {count} {dtype.name}"
+            )
+        return np.frombuffer(stored[key], dtype, count)
+
+    return _Unpickler(archive.open(pickles[0]), read).load()
+
+
+def _load_legacy(file: IO[bytes]) -> Any:
+    """Reads the chain of pickles after the magic number, then the storages they speak of.
+
+    Tensors are views of storages that are filled in afterwards, because the bytes come last.
+    """
+    size = os.fstat(file.fileno()).st_size
+    stored: dict[str, np.ndarray] = {}
+
+    def reserve(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        if key not in stored:
+            if count * dtype.itemsize + sum(x.nbytes for x in stored.values()) > size:
+                raise InputError(f"storage {key} of {count} {dtype.name} is larger than the file")
+            stored[key] = np.zeros(count, dtype)
+        if stored[key].dtype != dtype or stored[key].size < count:
+            raise InputError(f"storage {key} is named as {count} {dtype.name} and as another")
+        return stored[key][:count]
+
+    protocol, machine, found, keys = (_Unpickler(file, reserve).load() for _ in range(4))
+    if protocol != 1001 or not machine["little_endian"]:
+        raise InputError(f"protocol {protocol}, machine {machine}, expected 1001, little endian")
+    if sorted(keys) != sorted(stored):
+        raise InputError(f"lists {len(keys)} storages, expected the {len(stored)} its tensors use")
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little")
+        content = file.read(stored[key].nbytes)
+        if count != stored[key].size or len(content) != stored[key].nbytes:
+            raise InputError(
+                f"storage {key} has {len(content)} bytes for {count} elements, "
+                f"expected {stored[key].size} {stored[key].dtype.name}"
+            )
+        stored[key][:] = np.frombuffer(content, stored[key].dtype)
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads one pickle, resolving names to the stand-ins of `_allowed_globals`."""
+
+    def __init__(self, file: IO[bytes], storage: Callable[[str, np.dtype, int], np.ndarray]):
+        self._storage = storage
         self._globals = _allowed_globals()
-        super().__init__(archive.open(pickles[0]))
+        super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)
@@ -180,16 +253,18 @@ class _Unpickler(pickle.Unpickler):
         return self._globals[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Reads a storage; pid is ("storage", type, key, device, number of elements)."""
-        kind, dtype_name, key, _, count = pid
-        if kind != "storage" or dtype_name not in _DTYPES or type(count) is not int or count < 0:
+        """Finds a storage; pid is ("storage", type, key, device, number of elements).
+
+        A legacy file adds None, or (key, offset, number of elements) of a part of the storage.
+        """
+        kind, dtype_name, key, _, count, *view = pid
+        part = view[0][1:] if view and view[0] is not None else (0, count)
+        numbers = (count, *part)
+        whole = all(type(n) is int and n >= 0 for n in numbers) and sum(part) <= count
+        if kind != "storage" or dtype_name not in _DTYPES or not whole or type(key) is not str:
             raise InputError(f"persistent id {pid!r}, expected a storage")
-        if key not in self._bytes:
-            self._bytes[key] = self._archive.read(f"{self._root}data/{key}")
-        data, dtype = self._bytes[key], _DTYPES[dtype_name]
-        if len(data) < count * dtype.itemsize:
-            raise InputError(f"storage {key} has {len(data)} bytes, expected {count} {dtype_name}")
-        return _Storage(np.frombuffer(data, dtype, count))
+        elements = self._storage(key, _DTYPES[dtype_name], count)
+        return _Storage(elements[part[0] : sum(part)])
 
 
 class _Storage(NamedTuple):
@@ -207,6 +282,13 @@ class _Namespace(dict):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.update(state)
+
+
+class _Parameter(np.ndarray):
+    """Stands for a parameter of torch before 0.4, whose state is whether it needs a gradient."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class _NumpyDtype:
@@ -254,6 +336,11 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
     ) -> np.ndarray:
         return _strided(storage, offset, size, stride, dtype)
 
+    def parameter(value: Any) -> np.ndarray:
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"parameter over a {type(value).__name__}, expected a tensor")
+        return value.view(_Parameter)
+
     def first(value: Any, *_: Any) -> Any:
         return value
 
@@ -272,9 +359,11 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
         return np.ndarray.__new__(_NumpyArray, (0,), np.uint8)
 
     allowed: dict[tuple[str, str], Any] = {
+        ("torch._utils", "_rebuild_tensor"): tensor,
         ("torch._utils", "_rebuild_tensor_v2"): tensor,
         ("torch._utils", "_rebuild_tensor_v3"): tensor_v3,
         ("torch._utils", "_rebuild_parameter"): first,
+        ("torch.nn.parameter", "Parameter"): parameter,
         ("torch", "Size"): tuple,
         ("torch", "device"): _opaque("torch.device"),
         ("torch.storage", "UntypedStorage"): _STORAGES["UntypedStorage"],

@@ -9,8 +9,11 @@ int64 file an image. Index 0 is the centre crop.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +35,10 @@ from jaxllm.decoding.code_stacks import check_range
 from jaxllm.errors import InputError
 from jaxllm.models.image_tokenizer import ImageTokenizer
 from jaxllm.nn.module import Blueprint
-from jaxllm.training.run_folder import read_json, write_json
+from jaxllm.training.run_folder import read_json, to_plain, write_json
 
 SHARD = 16384
+_META = {"images", "shards", "shard_size", "crops", "grid", "depth", "codebook_size", "class_names"}
 Crops = Literal["one", "flip", "ten"]
 
 
@@ -90,21 +94,17 @@ class DrawCrop:
 def open_codes(folder: Path) -> CodeSource:
     """Opens one split of a code cache; InputError names what is missing, torn or out of range."""
     meta = read_json(folder / "meta.json")
+    missing = _META - set(meta if isinstance(meta, dict) else ())
+    if missing:
+        raise InputError(f"{folder}/meta.json: has no {min(missing)!r}")
     shards, labels = [], []
-    for number in range(meta["shards"]):
-        for kind, into in (("codes", shards), ("labels", labels)):
-            path = folder / f"{kind}-{number:05d}.npy"
-            try:
-                into.append(np.load(path, mmap_mode="r"))
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path}: not a readable array ({error})") from None
-    everything = np.concatenate(labels) if labels else np.zeros(0, np.int32)
     shape = (meta["crops"], meta["grid"][0] * meta["grid"][1], meta["depth"])
+    for number in range(meta["shards"]):
+        rows = min(meta["shard_size"], meta["images"] - number * meta["shard_size"])
+        shards.append(_read_array(folder / f"codes-{number:05d}.npy", (rows, *shape)))
+        labels.append(_read_array(folder / f"labels-{number:05d}.npy", (rows,)))
+    everything = np.concatenate(labels) if labels else np.zeros(0, np.int32)
     for number, shard in enumerate(shards):
-        if shard.shape[1:] != shape:
-            raise InputError(
-                f"{folder}/codes-{number:05d}.npy: shape {shard.shape[1:]}, expected {shape}"
-            )
         if len(shard) and int(shard.max()) >= meta["codebook_size"]:
             row = int(np.argmax(shard.reshape(len(shard), -1).max(axis=1)))
             raise InputError(
@@ -112,12 +112,22 @@ def open_codes(folder: Path) -> CodeSource:
                 f"outside the codebook of {meta['codebook_size']}"
             )
     if len(everything) != meta["images"]:
-        raise InputError(f"{folder}: {len(everything)} labels, meta.json says {meta['images']}")
+        raise InputError(f"{folder}: {len(everything)} images, meta.json says {meta['images']}")
     check_range(f"{folder}: label", np.asarray(everything), len(meta["class_names"]))
     codebook = folder / "codebook.npy"
     if codebook.exists():
-        meta = {**meta, "codebook_array": np.load(codebook)}
+        meta = {**meta, "codebook_array": _read_array(codebook)}
     return CodeSource(meta, tuple(shards), everything)
+
+
+def _read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: not a readable array ({error})") from None
+    if shape is not None and array.shape != shape:
+        raise InputError(f"{path}: shape {array.shape}, expected {shape}")
+    return array
 
 
 def crops_of(
@@ -125,9 +135,10 @@ def crops_of(
 ) -> np.ndarray:
     """Returns the crops of one uint8 image, [crops, H, W, channels].
 
-    `one` is the centre crop, `flip` adds its mirror image. `ten` is the paper's: four corners and the centre of an image scaled to 1.1 times the size, and
-    their mirror images; the centre comes first. Images that are padded instead of cropped are moved
-    by `jitter` pixels in place of the corners.
+    `one` is the centre crop, `flip` adds its mirror image. `ten` is the paper's: four corners and
+    the centre of an image scaled to 1.1 times the size, and their mirror images; the centre comes
+    first. Images that are padded instead of cropped are moved by `jitter` pixels in place of the
+    corners.
     """
     height, width = config.image_size
     if config.resize == "crop":
@@ -149,6 +160,20 @@ def crops_of(
     return np.stack(crops)
 
 
+def encode_images(
+    tokenizer: Blueprint[ImageTokenizer], params: Any, extra: Any, images: np.ndarray
+) -> np.ndarray:
+    """Returns the codes int32 [n, cells, C] of prepared images float32 [n, H, W, channels]."""
+    return np.asarray(_encode(tokenizer, params, extra, images))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(
+    tokenizer: Blueprint[ImageTokenizer], params: Any, extra: Any, images: jax.Array
+) -> jax.Array:
+    return tokenizer.build(params, extra).to_codes(images)
+
+
 def extract_codes(
     tokenizer: Blueprint[ImageTokenizer],
     params: Any,
@@ -159,15 +184,26 @@ def extract_codes(
     *,
     crops: Crops = "ten",
     batch_size: int = 64,
+    tokenizer_run: Path | None = None,
 ) -> CodeSource:
-    """Writes the code cache of one split and opens it."""
+    """Writes the code cache of one split and opens it.
+
+    Args:
+      tokenizer: Blueprint.
+      params: Tokenizer parameters.
+      extra: Its buffers.
+      data: The images; rare classes are stored once, they are repeated when codes are drawn.
+      split: Which of them.
+      folder: Where the cache goes.
+      crops: How many views of each image are stored, see `crops_of`.
+      batch_size: Images encoded at once.
+      tokenizer_run: Its run folder, remembered so that samples can be decoded later.
+    """
     model = tokenizer.build(params, extra)
     quantizer = model.config.quantizer
     if quantizer.size > 2**16:
         raise InputError(f"codes of a codebook of {quantizer.size} do not fit uint16")
-    # Every image once: rare classes are repeated when codes are drawn, not when they are stored.
     source = open_images(dataclasses.replace(data, balanced=False), split)
-    encode = jax.jit(lambda p, e, images: tokenizer.build(p, e).to_codes(images))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)  # Written last: its presence means whole.
     shards = count = 0
@@ -175,8 +211,8 @@ def extract_codes(
         number, flat = images.shape[1], images.reshape(-1, *images.shape[2:])
         parts = []
         for batch, real in padded_batches({"image": flat}, batch_size):
-            codes = encode(params, extra, normalise(batch["image"]))
-            parts.append(np.asarray(codes)[:real].astype(np.uint16))
+            codes = encode_images(tokenizer, params, extra, normalise(batch["image"]))
+            parts.append(codes[:real].astype(np.uint16))
         packed = np.concatenate(parts).reshape(len(images), number, *parts[0].shape[1:])
         np.save(folder / f"codes-{shards:05d}.npy", packed)
         np.save(folder / f"labels-{shards:05d}.npy", labels)
@@ -195,9 +231,20 @@ def extract_codes(
             "depth": quantizer.depth,
             "codebook_size": quantizer.size,
             "class_names": list(source.class_names),
+            "made_from": origin(params, extra, data, crops),
+            "tokenizer": None if tokenizer_run is None else os.path.relpath(tokenizer_run, folder),
         },
     )
     return open_codes(folder)
+
+
+def origin(params: Any, extra: Any, data: ImageDataConfig, crops: Crops) -> dict[str, Any]:
+    """Returns what the codes of a split depend on, as JSON values; the tokenizer by its SHA-256."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path((params, extra)):
+        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    read = {k: v for k, v in to_plain(data).items() if k not in ("batch_size", "balanced", "flip")}
+    return {"tokenizer": digest.hexdigest(), "data": read, "crops": crops}
 
 
 def _in_shards(

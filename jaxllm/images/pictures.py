@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxllm.data.images import to_uint8
+from jaxllm.data.records import check_target
 
 _GAP = 2
 _CAPTION = 14
@@ -50,6 +51,7 @@ def save_grid(
             sheet.paste(Image.fromarray(big), (left + c * cell_w, y))
     for c, name in enumerate(column_names or ()):
         draw.text((left + c * cell_w, 2), name, "black", font)
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     sheet.save(temporary, format="PNG")

@@ -14,6 +14,14 @@ from jaxllm.training.run_folder import from_plain, read_json
 
 Run = TypeVar("Run")
 
+# The job that trains each kind of config.
+JOBS = {
+    "ClassifierRun": "classifier",
+    "TokenizerRun": "tokenizer",
+    "CodeModelRun": "dnd",
+    "RQTransformerRun": "rq_transformer",
+}
+
 
 def load_params(run_dir: Path, kind: type[Run]) -> tuple[Run, Any, Any]:
     """Returns (config, params, extra) of a run; averaged and best where the run keeps such.
@@ -22,10 +30,11 @@ def load_params(run_dir: Path, kind: type[Run]) -> tuple[Run, Any, Any]:
       InputError: If the folder is not a run, is a run of another kind, or has no checkpoint.
     """
     saved = read_run(run_dir)
-    try:
-        run = from_plain(kind, saved["config"], str(run_dir / "config.json"))
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{run_dir}: a {saved.get('job')!r} run, not {kind.__name__}") from error
+    if saved["job"] != JOBS[kind.__name__]:
+        raise InputError(
+            f"{run_dir}: a {saved['job']!r} run; expected a {JOBS[kind.__name__]!r} run"
+        )
+    run = from_plain(kind, saved["config"], str(run_dir / "config.json"))
     best = run_dir / "best"
     tree = read_newest(best if finished_steps(best) else run_dir / "checkpoints")
     params = tree.get("ema", tree["params"])
@@ -33,10 +42,13 @@ def load_params(run_dir: Path, kind: type[Run]) -> tuple[Run, Any, Any]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Returns the contents of config.json."""
+    """Returns the contents of config.json: `job`, `config` and `identity`."""
     if not run_dir.is_dir():
         raise InputError(f"{run_dir}: no such run folder")
-    return read_json(run_dir / "config.json")
+    saved = read_json(run_dir / "config.json")
+    if not isinstance(saved, dict) or not {"job", "config"} <= set(saved):
+        raise InputError(f"{run_dir}/config.json: not a run's config, it lacks job or config")
+    return saved
 
 
 def run_kind(run_dir: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.data.images import ImageDataConfig
 from jaxllm.data.pipeline import padded_batches
 from jaxllm.decoding.code_stacks import CodeSampler, SamplingConfig, check_range
 from jaxllm.errors import InputError
@@ -22,6 +24,16 @@ from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.training.run_folder import read_json
 
+
+def tokenizer_run_of(run_dir: Path, run: Any) -> Path:
+    """Returns the tokenizer run that made the codes a code model was trained on."""
+    meta = Path(run.data.cache) / "train" / "meta.json"
+    named = read_json(meta).get("tokenizer") if meta.exists() else None
+    if named is None:
+        raise InputError(f"{run_dir}: its code cache does not name a tokenizer; give --tokenizer")
+    return (meta.parent / named).resolve()
+
+
 CODE_RUNS: dict[str, Any] = {"dnd": CodeModelRun, "rq_transformer": RQTransformerRun}
 
 
@@ -32,26 +44,38 @@ class Decoder:
     blueprint: Blueprint[ImageTokenizer]
     params: Any
     extra: Any
+    data: ImageDataConfig
+    """The images it was trained on."""
 
     @classmethod
     def load(cls, run_dir: Path) -> Decoder:
         """Reads the tokenizer of a run folder."""
         run, params, extra = load_params(run_dir, TokenizerRun)
         blueprint = tokenizer_blueprint(run.model, compute_dtype(run.precision))
-        return cls(blueprint, params["tokenizer"], extra["tokenizer"])
+        return cls(blueprint, params["tokenizer"], extra["tokenizer"], run.data)
 
-    def __call__(self, codes: np.ndarray, *, depth: int | None = None, batch: int = 64) -> np.ndarray:
+    def __call__(
+        self, codes: np.ndarray, *, depth: int | None = None, batch: int = 64
+    ) -> np.ndarray:
         """Decodes codes [n, cells, C], or their first `depth` levels, to images in [-1, 1]."""
-
-        def run(params: Any, extra: Any, part: jax.Array) -> jax.Array:
-            return jnp.clip(self.blueprint.build(params, extra).from_codes(part, depth), -1, 1)
-
-        compiled = jax.jit(run)
         images = [
-            np.asarray(compiled(self.params, self.extra, part["codes"]))[:real]
+            np.asarray(_decode(self.blueprint, depth, self.params, self.extra, part["codes"]))[
+                :real
+            ]
             for part, real in padded_batches({"codes": np.asarray(codes)}, batch)
         ]
         return np.concatenate(images)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(
+    blueprint: Blueprint[ImageTokenizer],
+    depth: int | None,
+    params: Any,
+    extra: Any,
+    codes: jax.Array,
+) -> jax.Array:
+    return jnp.clip(blueprint.build(params, extra).from_codes(codes, depth), -1, 1)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from jaxllm.data.images import PrepareImage, open_images
 from jaxllm.data.pipeline import Batches
 from jaxllm.errors import InputError
 from jaxllm.evals.images import psnr
+from jaxllm.hub.lpips import load_lpips
 from jaxllm.images.classifier import Scorer, classifier_blueprint, held_out
 from jaxllm.images.config import PerceptualConfig, TokenizerRun
 from jaxllm.images.losses import (
@@ -84,9 +85,7 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         if run.kmeans_start:
             assert first_images is not None
             start_codebook(tokenizer, params["tokenizer"], extra["tokenizer"], first_images, key)
-        return new_state(
-            params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra
-        )
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
 
     batches = Batches(
         source,
@@ -122,7 +121,10 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         rules=TOKENIZER_RULES,
         evaluate=evaluate,
         sample=sample,
-        identity={"model": run.model, "adversarial": run.adversarial.model if adversarial else None},
+        identity={
+            "model": run.model,
+            "adversarial": run.adversarial.model if adversarial else None,
+        },
     )
 
 
@@ -254,8 +256,6 @@ def perceptual_loss(config: PerceptualConfig) -> tuple[Perceptual, Tree]:
     if config.path is None:
         raise InputError(f"perceptual.kind {config.kind!r} needs perceptual.path")
     if config.kind == "lpips":
-        from jaxllm.models.perceptual import load_lpips
-
         return load_lpips(Path(config.path))
     scorer = Scorer.load(Path(config.path))
     blueprint = classifier_blueprint(scorer.config)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,10 @@ from jaxllm.nn.mlp import swiglu_hidden
 from jaxllm.nn.norm import rms_norm
 from jaxllm.nn.rope import RotaryTable, grid_coordinates, rotary_table
 from jaxllm.nn.stack import Remat, scan_layers, slice_layers, stack_layers, take_layer
+from jaxllm.nn.vocabulary import vocabulary_logits
 
 Structure = Literal["dnd", "vertical", "parallel", "flat"]
+ClassRotary = Literal["identity", "zero"]
 Choose = Callable[[int, jax.Array], jax.Array]
 
 # (layers, heads, dim) of the released registry; the paper trains XXL (1.4B) and XXXL (2.5B).
@@ -72,24 +74,27 @@ class DnDConfig:
     """0-indexed layer after which each depth is predicted; None spreads them over the last ones."""
     structure: Structure = "dnd"
     class_dropout: float = 0.1
-    """Probability of training on the null class, which guidance needs; 0 leaves the null row out."""
+    """Probability of training on the null class, which guidance needs; 0 leaves its row out."""
     dropout: float = 0.1
     """On the input embeddings and after both halves of each block."""
     per_depth_embedding: bool = False
     """One embedding table per depth (for separate codebooks) instead of one shared table."""
     share_heads: bool = False
     """One output projection for all depths; the norms stay separate."""
-    class_rotary: Literal["identity", "zero"] = "identity"
+    class_rotary: ClassRotary = "identity"
     """`zero` reproduces the released code, where the class token's q and k are the zero vector."""
     rope_base: float = 10000.0
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        if self.depth < 1 or min(self.grid) < 1 or self.codebook_size < 1:
-            raise InputError(
-                f"depth {self.depth}, grid {self.grid} and codebook_size {self.codebook_size} "
-                "must be positive"
-            )
+        for name in ("codebook_size", "depth", "num_classes", "layers", "heads", "dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        if min(self.grid) < 1:
+            raise InputError(f"grid {self.grid} must have at least one row and one column")
+        for name, kind in (("structure", Structure), ("class_rotary", ClassRotary)):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(f"{name} {getattr(self, name)!r} is not one of {get_args(kind)}")
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise InputError(
                 f"dim {self.dim} over {self.heads} heads must give a head size divisible by 4"
@@ -166,7 +171,9 @@ class DnDTransformer(nnx.Module):
         self.dtype = dtype
         rows = config.num_classes + (config.class_dropout > 0)
         self.class_embed = normal(rows, dim)
-        self.token_embed = normal(depth if config.per_depth_embedding else 1, config.codebook_size, dim)
+        self.token_embed = normal(
+            depth if config.per_depth_embedding else 1, config.codebook_size, dim
+        )
         if config.structure == "flat" and depth > 1:
             self.depth_embed = normal(depth, dim)
         self.layers = stack_layers(
@@ -209,12 +216,11 @@ class DnDTransformer(nnx.Module):
         coordinates = grid_coordinates(*config.grid)
         if config.structure == "flat":
             coordinates = np.repeat(coordinates, config.depth, axis=0)
-        cos, sin = rotary_table(coordinates[:-1], config.dim // config.heads, config.rope_base)
-        start = 1.0 if config.class_rotary == "identity" else 0.0
-        cos = jnp.concatenate([jnp.full_like(cos[:1], start), cos]) if len(cos) else jnp.full(
-            (1, config.dim // config.heads // 2), start
-        )
-        sin = jnp.concatenate([jnp.zeros((1, cos.shape[1])), sin]) if len(sin) else jnp.zeros_like(cos)
+        # Position (0, 0) is no rotation; the class token shares it with the first cell.
+        shifted = np.concatenate([np.zeros((1, 2), int), coordinates[:-1]])
+        cos, sin = rotary_table(shifted, config.dim // config.heads, config.rope_base)
+        if config.class_rotary == "zero":
+            cos = cos.at[0].set(0.0)
         return cos, sin
 
     # -- training --------------------------------------------------------------------------------
@@ -326,7 +332,7 @@ class DnDTransformer(nnx.Module):
         start = self.class_embed[...][class_ids].astype(self.dtype)
 
         def run_at(index: jax.Array, h: jax.Array, first: int, last: int) -> jax.Array:
-            rows = tuple(jax.lax.dynamic_slice_in_dim(part, index, 1) for part in table)
+            cos, sin = (jax.lax.dynamic_slice_in_dim(part, index, 1) for part in table)
             for number in range(first, last):
 
                 def attention(
@@ -335,13 +341,13 @@ class DnDTransformer(nnx.Module):
                     out, caches[number] = caches[number].extend(q, k, v, index)
                     return out
 
-                h = layers[number](h, rows, attention)
+                h = layers[number](h, (cos, sin), attention)
             return h
 
         def pick(depth_index: int, h: jax.Array) -> jax.Array:
             normal = self._norm(depth_index, h[:, 0])
-            kernel = self.head_kernel(depth_index).astype(normal.dtype)
-            return choose(depth_index, jnp.dot(normal, kernel).astype(jnp.float32))[:, None]
+            logits = vocabulary_logits(normal, self.head_kernel(depth_index))
+            return choose(depth_index, logits)[:, None]
 
         depth = self.config.depth
         if self.config.structure != "flat":

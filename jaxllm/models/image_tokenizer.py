@@ -51,11 +51,20 @@ class ImageTokenizerConfig:
     """Recompute each residual block in the backward pass."""
 
     def __post_init__(self) -> None:
+        for name in ("channels", "width", "patch", "res_blocks", "groups", "latent_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        last = len(self.multipliers) - 1
+        if last < 0 or any(not 0 <= level <= last for level in self.attention_levels):
+            raise InputError(
+                f"attention_levels {self.attention_levels} must lie in 0 .. {last}, the levels of "
+                f"multipliers {self.multipliers}"
+            )
         for size in self.image_size:
-            if size % self.factor:
+            if size < 1 or size % self.factor:
                 raise InputError(
-                    f"image_size {self.image_size} is not a multiple of {self.factor}, which "
-                    f"{len(self.multipliers)} levels and patches of {self.patch} need"
+                    f"image_size {self.image_size} is not a positive multiple of {self.factor}, "
+                    f"which {len(self.multipliers)} levels and patches of {self.patch} need"
                 )
         if any(self.width * m % self.groups for m in self.multipliers):
             raise InputError(
@@ -77,14 +86,23 @@ class Level(nnx.Module):
     """The residual blocks of one resolution, with attention after each where asked for."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, *, attention: bool, groups: int, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        *,
+        attention: bool,
+        groups: int,
+        rngs: nnx.Rngs,
     ):
         sizes = [inputs] + [outputs] * (blocks - 1)
         self.blocks = nnx.List(
             [ResnetBlock(size, outputs, groups=groups, rngs=rngs) for size in sizes]
         )
         self.attentions = nnx.List(
-            [SpatialAttention(outputs, groups=groups, rngs=rngs) for _ in sizes] if attention else []
+            [SpatialAttention(outputs, groups=groups, rngs=rngs) for _ in sizes]
+            if attention
+            else []
         )
 
     def __call__(self, x: jax.Array, *, remat: bool) -> jax.Array:

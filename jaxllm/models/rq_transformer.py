@@ -29,6 +29,7 @@ from jaxllm.nn.mlp import swiglu_hidden
 from jaxllm.nn.module import Buffer
 from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.stack import Remat, scan_layers, stack_layers, take_layer
+from jaxllm.nn.vocabulary import vocabulary_logits
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,17 @@ class RQTransformerConfig:
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
+        names = ("codebook_size", "depth", "code_dim", "num_classes")
+        for name in (*names, "layers", "depth_layers", "heads", "dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        if min(self.grid) < 1:
+            raise InputError(f"grid {self.grid} must have at least one row and one column")
         if self.dim % self.heads:
             raise InputError(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        if self.depth < 1 or min(self.grid) < 1:
-            raise InputError(f"depth {self.depth} and grid {self.grid} must be positive")
+        for name in ("class_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is outside [0, 1)")
 
     @property
     def cells(self) -> int:
@@ -137,9 +145,7 @@ class RQTransformer(nnx.Module):
         out = out.reshape(*codes.shape, config.dim)
         return [out[:, :, i] for i in range(config.depth)]
 
-    def _run(
-        self, layers: Block, count: int, x: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
+    def _run(self, layers: Block, count: int, x: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = None if key is None else jax.random.split(key, count)
         attention = partial(attend, causal=True)
         return scan_layers(
@@ -202,11 +208,12 @@ class RQTransformer(nnx.Module):
                     q: jax.Array, k: jax.Array, v: jax.Array, number: int = number
                 ) -> jax.Array:
                     held[number].append((k, v))
-                    keys, values = (jnp.concatenate(p, axis=1) for p in zip(*held[number], strict=True))
+                    keys, values = (
+                        jnp.concatenate(p, axis=1) for p in zip(*held[number], strict=True)
+                    )
                     return attend(q, keys, values)
 
                 v = layer(v, None, within)
-            logits = self.norm(v[:, 0]) @ self.head_kernel(i).astype(self.dtype)
-            code = choose(i, logits.astype(jnp.float32))
+            code = choose(i, vocabulary_logits(self.norm(v[:, 0]), self.head_kernel(i)))
             total = total + self.codebook[...][i][code]
         return caches

@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.errors import InputError
+from jaxllm.nn.linear import project
 from jaxllm.nn.rope import RotaryTable, apply_rotary
+from jaxllm.parallel.mesh import target_platform
+from jaxllm.parallel.sharding import activation_spec
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 AttendFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -40,13 +44,22 @@ def attend(
       v: [B, S, K, H] values.
       causal: Query t sees keys up to t + S - T.
       key_length: Only the first `key_length` keys exist, a scalar or [B]; None means all.
-      implementation: `auto` takes cuDNN on a GPU in half precision, splash on a TPU when T is a
+      implementation: `auto` takes cuDNN on a GPU in half precision, splash on a TPU when T = S is a
         multiple of 128, XLA otherwise.
 
     Returns:
       [B, T, N, H] in the dtype of `q`; softmax in float32.
+
+    Raises:
+      InputError: If an implementation is asked for by name that cannot compute this mask.
     """
-    chosen = _choose(q, k, key_length) if implementation == "auto" else implementation
+    given = key_length is not None
+    chosen = _choose(q, k, causal, given) if implementation == "auto" else implementation
+    if not _can(chosen, q, k, causal, given):
+        raise InputError(
+            f"{chosen} attention cannot take {q.shape[1]} queries, {k.shape[1]} keys, "
+            f"causal={causal}, key_length {'given' if given else 'None'}"
+        )
     if chosen == "splash":
         return _splash(q, k, v, causal=causal)
     if chosen == "cudnn":
@@ -59,17 +72,28 @@ def attend(
     return _xla(q, k, v, causal=causal, key_length=key_length)
 
 
-def _choose(
-    q: jax.Array, k: jax.Array, key_length: jax.Array | int | None
-) -> Literal["xla", "cudnn", "splash"]:
-    backend = jax.default_backend()
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if backend == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
-        return "cudnn"
-    fits = q.shape[1] == k.shape[1] and q.shape[1] % _SPLASH_BLOCK == 0
-    if backend == "tpu" and fits and key_length is None:
+def _choose(q: jax.Array, k: jax.Array, causal: bool, lengths: bool) -> Implementation:
+    """The fused kernel of the platform where the shapes and dtype fit it, else XLA."""
+    platform = target_platform()
+    if platform == "gpu":
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        return "cudnn" if fits and _can("cudnn", q, k, causal, lengths) else "xla"
+    if platform == "tpu" and _can("splash", q, k, causal, lengths):
         return "splash"
     return "xla"
+
+
+def _can(
+    implementation: Implementation, q: jax.Array, k: jax.Array, causal: bool, lengths: bool
+) -> bool:
+    """Whether an implementation computes this mask at all."""
+    square = q.shape[1] == k.shape[1]
+    if implementation == "cudnn":  # Its causal mask starts at the first key, not at the last.
+        return square or not causal
+    if implementation == "splash":
+        return square and q.shape[1] % _SPLASH_BLOCK == 0 and not lengths
+    return True
 
 
 def _xla(
@@ -120,6 +144,18 @@ def _cudnn(
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool = False
 ) -> jax.Array:
+    local = functools.partial(_splash_local, causal=causal, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v)
+    # The compiler cannot partition a kernel: each device runs it on its own examples and heads.
+    spec = activation_spec(mesh, k.shape, ("batch", None, "heads", None))
+    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _splash_local(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
@@ -155,9 +191,7 @@ class SelfAttention(nnx.Module):
         self.qkv = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.out = nnx.Param(std * jax.random.normal(rngs.params(), (heads, head_dim, dim)))
 
-    def __call__(
-        self, x: jax.Array, rotary: RotaryTable | None, attention: AttendFn
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary: RotaryTable | None, attention: AttendFn) -> jax.Array:
         """Returns the attention output [B, T, D] of `x` [B, T, D].
 
         Args:
@@ -166,10 +200,10 @@ class SelfAttention(nnx.Module):
           attention: What to do with q [B, T, N, H] and k, v [B, T, K, H]; a decode step passes a
             function that appends to a cache, training passes `attend` with `causal=True`.
         """
-        qkv = jnp.einsum("btd,dkgh->btkgh", x, self.qkv[...].astype(x.dtype))
+        qkv = project(x, self.qkv[...])
         q = qkv[..., :-2, :].reshape(*x.shape[:2], self.heads, self.head_dim)
         k, v = qkv[..., -2, :], qkv[..., -1, :]
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         mixed = attention(q, k, v)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.out[...].astype(x.dtype))
+        return project(mixed, self.out[...], inputs=2)

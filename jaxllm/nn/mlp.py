@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+
+from jaxllm.nn.linear import project
 
 
 class SwiGLU(nnx.Module):
@@ -17,8 +18,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` [..., D] to [..., D]."""
-        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
-        return jnp.dot(jax.nn.silu(jnp.dot(x, gate)) * jnp.dot(x, up), down)
+        gated = jax.nn.silu(project(x, self.gate[...])) * project(x, self.up[...])
+        return project(gated, self.down[...])
 
 
 def swiglu_hidden(dim: int, multiple: int = 256) -> int:

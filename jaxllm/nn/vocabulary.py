@@ -11,6 +11,17 @@ import jax
 import jax.numpy as jnp
 
 
+def vocabulary_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns logits float32 [..., V] of `hidden` [..., D] and `kernel` [D, V].
+
+    The product runs in the dtype of `hidden` and is accumulated and kept in float32: rounding
+    logits to bfloat16 would move a log-probability by up to 0.03 at a logit of 8.
+    """
+    return jnp.einsum(
+        "...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
 def token_log_probs(
     hidden: jax.Array,
     kernel: jax.Array,
@@ -40,11 +51,11 @@ def token_log_probs(
 
     @jax.checkpoint
     def one_chunk(part: jax.Array, part_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("td,dv->tv", part, kernel.astype(part.dtype))
-        logits = logits.astype(jnp.float32)
+        logits = vocabulary_logits(part, kernel)
         if bias is not None:
             logits = logits + bias
-        picked = jnp.take_along_axis(logits, part_ids[:, None], axis=-1, mode="clip")[:, 0]
+        inside = jnp.clip(part_ids, 0, logits.shape[-1] - 1)  # A negative index would wrap.
+        picked = jnp.take_along_axis(logits, inside[:, None], axis=-1)[:, 0]
         log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
         return log_probs, jax.lax.stop_gradient(jnp.argmax(logits, axis=-1) == part_ids)
 

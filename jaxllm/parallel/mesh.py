@@ -58,6 +58,16 @@ def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def target_platform() -> str:
+    """Returns what the code being traced will run on: `cpu`, `gpu` or `tpu`.
+
+    The mesh in context decides, so that compiling for a TPU that is not attached gives the TPU's
+    program; without one it is JAX's default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def start_distributed(mode: Literal["auto", "on", "off"] = "auto") -> None:
     """Connects the processes of a multi-host run; must come before anything asks for devices."""
     if mode == "off" or (mode == "auto" and not _many_workers()):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MeshAxes = str | tuple[str, ...] | None
@@ -117,15 +117,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXES["batch"]))
 
 
+def activation_spec(
+    mesh: Mesh | AbstractMesh, shape: tuple[int, ...], names: Sequence[str | None]
+) -> P:
+    """Returns the PartitionSpec of an activation; what does not divide is replicated."""
+    spec: list[MeshAxes] = []
+    for name, size in zip(names, shape, strict=True):
+        target = None if name is None else AXES[name]
+        parts = (target,) if isinstance(target, str) else (target or ())
+        ways = math.prod(mesh.shape[part] for part in parts if part in mesh.shape)
+        spec.append(target if ways > 1 and size % ways == 0 else None)
+    return P(*spec)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation to logical axes; without a mesh in context it is `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = []
-    for name, size in zip(names, x.shape, strict=True):
-        target = None if name is None else AXES[name]
-        parts = (target,) if isinstance(target, str) else (target or ())
-        ways = math.prod(mesh.shape[part] for part in parts if part in mesh.shape)
-        spec.append(target if ways > 1 and size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, x.shape, names))

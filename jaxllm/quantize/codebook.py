@@ -10,6 +10,7 @@ gives the state of one device. Shapes: N vectors, C levels, K codes, E code dim.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ def _scores(vectors: jax.Array, table: jax.Array) -> jax.Array:
     return products - 0.5 * jnp.square(table).sum(-1)
 
 
+@partial(jax.jit, static_argnames=("chunk_size", "temperature"))
 def nearest_code(
     vectors: jax.Array,
     table: jax.Array,
@@ -99,6 +101,7 @@ def nearest_code(
     return codes.T.reshape(-1)[: vectors.shape[0]]
 
 
+@partial(jax.jit, static_argnames=("temperature", "chunk_size"))
 def code_entropy(
     vectors: jax.Array, table: jax.Array, weights: jax.Array, *, temperature: float, chunk_size: int
 ) -> jax.Array:
@@ -137,6 +140,7 @@ def code_entropy(
     return sample / total - entropy(mean / total)
 
 
+@partial(jax.jit, static_argnames=("size",))
 def assignment_statistics(
     vectors: jax.Array, codes: jax.Array, weights: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -155,13 +159,14 @@ def assignment_statistics(
     )
 
 
+@partial(jax.jit, static_argnames=("size",))
 def draw_rows(
     key: jax.Array, pool: jax.Array, valid: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Draws `size` vectors from the valid ones of a pool, without replacement while they last.
 
-    Repeats, if the pool is smaller than `size`, get uniform noise of at most `0.01 / sqrt(E)` so
-    that no two codes are equal. The draw depends on the key and the shapes only, not on devices.
+    A pool smaller than `size` is repeated, and all rows get uniform noise below `0.01 / sqrt(E)`,
+    so that no two codes are equal. The draw depends on key and shapes only, not on devices.
 
     Args:
       key: random key.
@@ -178,13 +183,13 @@ def draw_rows(
     take = min(size, scores.shape[0])
     index = jax.lax.top_k(scores, take)[1]
     distinct = jnp.minimum(valid.sum(), take)
-    place = jnp.arange(size)
-    index = index[place % jnp.maximum(distinct, 1)]
+    index = index[jnp.arange(size) % jnp.maximum(distinct, 1)]
     noise = jax.random.uniform(noise_key, (size, dim)) * (0.01 * dim**-0.5)
     rows = pool[index // tokens, index % tokens]
-    return rows + jnp.where(place[:, None] < distinct, 0.0, noise), distinct > 0
+    return rows + jnp.where(distinct < size, noise, 0.0), distinct > 0
 
 
+@partial(jax.jit, static_argnames=("decay", "epsilon", "restart_below"))
 def update_book(
     book: Book,
     counts: jax.Array,

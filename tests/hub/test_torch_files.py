@@ -6,79 +6,26 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torch_writer import (
+    Call,
+    Global,
+    Part,
+    Storage,
+    TorchPickler,
+    tensor,
+    write,
+    write_legacy,
+)
 
 from jaxllm.errors import InputError
 from jaxllm.hub.torch_files import Opaque, load_state_dict, load_torch_file
 
 TAEF2 = Path(__file__).parents[2].parent / "shared/data/taef2/taef2_encoder.pth"
-
-
-class Global(NamedTuple):
-    """Pickled as a bare global, whether or not the module exists."""
-
-    module: str
-    name: str
-
-    def __call__(self):
-        raise AssertionError("only pickled")
-
-
-class Call(NamedTuple):
-    """Pickled as a call of `function`, with an optional state."""
-
-    function: Global
-    args: tuple
-    state: object = None
-
-
-class Storage(NamedTuple):
-    key: str
-    kind: str
-    numel: int
-
-
-class TorchPickler(pickle._Pickler):
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_global_by_name(self, obj):
-        self.write(f"c{obj.module}\n{obj.name}\n".encode())
-
-    def save_call(self, obj):
-        self.save_reduce(obj.function, obj.args, state=obj.state)
-
-    dispatch[Global] = save_global_by_name
-    dispatch[Call] = save_call
-
-    def persistent_id(self, obj):
-        if isinstance(obj, Storage):
-            return ("storage", Global("torch", obj.kind), obj.key, "cpu", obj.numel)
-        return None
-
-
-def tensor(storage, size, stride, offset=0, parameter=False):
-    built = Call(
-        Global("torch._utils", "_rebuild_tensor_v2"),
-        (storage, offset, size, stride, False, OrderedDict()),
-    )
-    if parameter:
-        return Call(Global("torch._utils", "_rebuild_parameter"), (built, True, OrderedDict()))
-    return built
-
-
-def write(path, obj, storages=None, pickled=None):
-    buffer = io.BytesIO()
-    TorchPickler(buffer, 2).dump(obj)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled or buffer.getvalue())
-        for key, array in (storages or {}).items():
-            archive.writestr(f"archive/data/{key}", np.asarray(array).tobytes())
-    return path
 
 
 SIX = Storage("0", "FloatStorage", 6)
@@ -222,6 +169,59 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, saved, culprit):
         load_torch_file(write(tmp_path / "a.pt", saved, SIX_DATA))
 
 
+def test_legacy_files_with_views_and_old_parameters(tmp_path):
+    two = Storage("1", "HalfStorage", 2)
+    old = Call(Global("torch._utils", "_rebuild_tensor"), (SIX, 1, (2,), (3,)))
+    parameter = Global("torch.nn.parameter", "Parameter")
+    saved = OrderedDict(
+        transposed=tensor(SIX, (3, 2), (1, 3)),
+        half=tensor(two, (2,), (1,)),
+        part=tensor(Part(SIX, ("9", 3, 2)), (2,), (1,)),
+        old=old,
+        parameter=Call(parameter, (old,), (True, False, OrderedDict())),
+    )
+    stored = SIX_DATA | {"1": np.array([0.5, -2], np.float16)}
+    loaded = load_torch_file(write_legacy(tmp_path / "a.pth", {"state_dict": saved}, stored))
+    expected = {
+        "transposed": np.array([[0, 3], [1, 4], [2, 5]], np.float32),
+        "half": stored["1"],
+        "part": np.array([3, 4], np.float32),
+        "old": np.array([1, 4], np.float32),
+        "parameter": np.array([1, 4], np.float32),
+    }
+    for name, array in expected.items():
+        np.testing.assert_array_equal(loaded["state_dict"][name], array)
+        assert loaded["state_dict"][name].dtype == array.dtype
+    assert list(load_state_dict(tmp_path / "a.pth")) == list(expected)
+
+
+def test_damaged_or_hostile_legacy_files(tmp_path):
+    path, w = tmp_path / "a.pth", {"w": tensor(SIX, (6,), (1,))}
+    good = write_legacy(path, w, SIX_DATA).read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(InputError, match="storage 0 has 23 bytes"):
+        load_torch_file(path)
+    path.write_bytes(good[:40])
+    with pytest.raises(InputError, match="not a readable torch checkpoint"):
+        load_torch_file(path)
+    large = Storage("0", "FloatStorage", 2**40)
+    other = {"w": w["w"], "x": tensor(Storage("0", "IntStorage", 6), (6,), (1,))}
+    outside = {"w": tensor(Part(SIX, ("9", 3, 4)), (4,), (1,))}
+    big_endian = {"little_endian": False}
+    cases = [
+        (({"w": tensor(large, (1,), (1,))}, SIX_DATA), {}, "larger than the file"),
+        ((other, SIX_DATA), {}, "named as 6 int32 and as another"),
+        ((outside, SIX_DATA), {}, "persistent id"),
+        ((w, SIX_DATA), {"counts": {"0": 7}}, "24 bytes for 7 elements"),
+        ((w, SIX_DATA), {"keys": []}, "lists 0 storages, expected the 1"),
+        ((w, SIX_DATA), {"machine": big_endian}, "expected 1001, little endian"),
+        (({"w": Global("os", "system")}, SIX_DATA), {}, "names os.system"),
+    ]
+    for arguments, options, culprit in cases:
+        with pytest.raises(InputError, match=culprit):
+            load_torch_file(write_legacy(path, *arguments, **options))
+
+
 def test_files_that_are_no_checkpoint(tmp_path):
     good = write(tmp_path / "a.pt", {"w": tensor(SIX, (6,), (1,))}, SIX_DATA).read_bytes()
     pickled = pickle.dumps({"w": SIX_DATA["0"]}, 2)
@@ -229,7 +229,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     cases = {
         "truncated": (good[: len(good) // 2], "BadZipFile"),
         "empty": (b"", "BadZipFile"),
-        "legacy": (legacy, "legacy format of torch before 1.6"),
+        "legacy that ends early": (legacy, "EOFError"),
         "bare pickle": (pickled, "BadZipFile"),
         "damaged": (good.replace(SIX_DATA["0"].tobytes(), b"\xff" * 24), "CRC"),
     }
@@ -289,7 +289,8 @@ def test_real_half_precision_checkpoint():
     assert all(np.isfinite(t).all() for t in tensors.values())
 
 
-def test_parity_with_torch(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_parity_with_torch(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).bfloat16()
     shared = torch.arange(12.0).reshape(3, 4)
@@ -300,7 +301,7 @@ def test_parity_with_torch(tmp_path):
         "args": argparse.Namespace(dtype=torch.float32, device=torch.device("cpu")),
     }
     path = tmp_path / "a.pt"
-    torch.save(saved, path)
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
     loaded = load_torch_file(path)
     for name, value in saved["model"].items():
         np.testing.assert_array_equal(

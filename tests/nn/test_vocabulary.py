@@ -1,0 +1,96 @@
+"""Chunked log-probabilities: equal to the full ones, in value, gradient and memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
+
+D, V = 6, 11
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.asarray(RNG.standard_normal((3, 5, D)), jnp.float32)
+KERNEL = jnp.asarray(RNG.standard_normal((D, V)), jnp.float32)
+BIAS = jnp.asarray(RNG.standard_normal(V), jnp.float32)
+TARGETS = jnp.asarray(RNG.integers(V, size=(3, 5)))
+
+
+def full(hidden, kernel, bias, targets=TARGETS):
+    logits = hidden @ kernel + (0.0 if bias is None else bias)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 15, 1000])  # 15 tokens.
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_chunked_equals_full(chunk, bias):
+    def weighted(run, *args):
+        return jnp.sum(jnp.arange(15.0).reshape(3, 5) * run(*args))
+
+    def chunked(hidden, kernel, bias):
+        return token_log_probs(hidden, kernel, TARGETS, bias=bias, chunk=chunk)
+
+    args = (HIDDEN, KERNEL, bias)
+    np.testing.assert_allclose(chunked(*args), full(*args), atol=1e-5)
+    arguments = (0, 1) if bias is None else (0, 1, 2)
+    found = jax.grad(partial(weighted, chunked), arguments)(*args)
+    expected = jax.grad(partial(weighted, full), arguments)(*args)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_accuracy():
+    best = jnp.argmax(HIDDEN @ KERNEL, axis=-1)
+    targets = best.at[1, 2].add(1).at[0, 0].add(-1) % V
+    log_probs, correct = token_log_probs(HIDDEN, KERNEL, targets, chunk=4, with_accuracy=True)
+    np.testing.assert_array_equal(correct, targets == best)
+    assert correct.shape == log_probs.shape == (3, 5) and correct.sum() == 13
+
+
+def test_ids_outside_the_vocabulary_are_clamped():
+    outside = TARGETS.at[0, 0].set(V + 3).at[2, 4].set(-5)
+    inside = TARGETS.at[0, 0].set(V - 1).at[2, 4].set(0)
+    found = token_log_probs(HIDDEN, KERNEL, outside, chunk=4)
+    np.testing.assert_allclose(found, full(HIDDEN, KERNEL, None, inside), atol=1e-5)
+
+
+def test_bfloat16_accumulates_in_float32():
+    """Only the inputs are rounded: summing 512 products in bfloat16 would miss by far more."""
+    hidden = jnp.asarray(RNG.standard_normal((7, 512)), jnp.bfloat16)
+    kernel = jnp.asarray(RNG.standard_normal((512, V)), jnp.float32)
+    targets = jnp.arange(7)
+    found = token_log_probs(hidden, kernel, targets, chunk=3)
+    assert found.dtype == vocabulary_logits(hidden, kernel).dtype == jnp.float32
+    rounded = np.asarray(kernel.astype(jnp.bfloat16), np.float64)
+    logits = np.asarray(hidden, np.float64) @ rounded
+    expected = logits[np.arange(7), np.arange(7)] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def sizes(jaxpr):
+    """Elements of every array in a jaxpr and all that it contains."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+def test_all_logits_never_exist_at_once():
+    hidden, kernel = jnp.ones((4, 32, 5)), jnp.ones((5, 300))
+    targets = jnp.zeros((4, 32), int)
+
+    def largest(chunk):
+        def loss(hidden, kernel):
+            return jnp.sum(token_log_probs(hidden, kernel, targets, chunk=chunk))
+
+        return max(sizes(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, kernel).jaxpr))
+
+    assert largest(128) == 128 * 300
+    assert largest(16) == 16 * 300
