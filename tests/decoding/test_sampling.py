@@ -85,10 +85,11 @@ def test_frequencies_follow_the_temperature():
 
 
 def test_a_draw_depends_on_its_own_row_only():
-    keys = jax.random.split(jax.random.key(3), 6)
-    logits = jax.random.normal(jax.random.key(4), (6, 5))
-    alone = [sample_token(keys[i : i + 1], logits[i : i + 1], top_p=0.8)[0] for i in range(6)]
-    np.testing.assert_array_equal(sample_token(keys, logits, top_p=0.8), jnp.stack(alone))
+    keys = jax.random.split(jax.random.key(3), 40)
+    logits = jax.random.normal(jax.random.key(4), (40, 5))
+    whole = sample_token(keys, logits, top_p=0.8)
+    part = np.array([31, 7, 18])
+    np.testing.assert_array_equal(sample_token(keys[part], logits[part], top_p=0.8), whole[part])
 
 
 @pytest.mark.parametrize(

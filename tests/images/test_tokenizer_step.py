@@ -84,35 +84,25 @@ def steps(start):
 
 @pytest.fixture(scope="module")
 def plain(start):
-    """The same losses written as one function of all parameters, differentiated by `jax.grad`."""
-    extra = start.extra
+    """{name: (value, gradient by all parameters)} of each loss, and the next codebook."""
 
-    def decode(params):
-        model = TOKENIZER.build(params["tokenizer"], extra["tokenizer"])
+    def losses(params):
+        model = TOKENIZER.build(params["tokenizer"], start.extra["tokenizer"])
+        judge = DISCRIMINATOR.build(params["discriminator"], {})
         out = model.quantize(model.encode(IMAGES), train=True, key=KEY)
-        return model.decode(out.quantized), QUANTIZER.beta * out.losses["commitment"], out.state
+        decoded = model.decode(out.quantized)
+        fake = jax.lax.stop_gradient(decoded)
+        hinge = discriminator_loss(judge(IMAGES), judge(fake), "hinge")
+        values = {
+            "nll": jnp.mean((IMAGES - decoded) ** 2) + 0.7 * perceptual(1.3, IMAGES, decoded),
+            "commitment": QUANTIZER.beta * out.losses["commitment"],
+            "fool": generator_loss(judge(decoded), "hinge"),
+            "judge": 0.75 * hinge + 0.2 * r1_penalty(judge, IMAGES),
+        }
+        return values, (values, out.state)
 
-    def nll(params):
-        decoded = decode(params)[0]
-        return jnp.mean((IMAGES - decoded) ** 2) + 0.7 * perceptual(1.3, IMAGES, decoded)
-
-    def fool(params):
-        return generator_loss(
-            DISCRIMINATOR.build(params["discriminator"], {})(decode(params)[0]), "hinge"
-        )
-
-    def judge(params):
-        model = DISCRIMINATOR.build(params["discriminator"], {})
-        fake = jax.lax.stop_gradient(decode(params)[0])
-        hinge = discriminator_loss(model(IMAGES), model(fake), "hinge")
-        return 0.75 * hinge + 0.2 * r1_penalty(model, IMAGES)
-
-    @jax.jit
-    def everything(params):
-        names = dict(nll=nll, fool=fool, judge=judge, commitment=lambda p: decode(p)[1])
-        return {n: jax.value_and_grad(f)(params) for n, f in names.items()}, decode(params)[2]
-
-    return everything(start.params)
+    gradients, (values, state) = jax.jit(jax.jacrev(losses, has_aux=True))(start.params)
+    return {name: (values[name], gradients[name]) for name in values}, state
 
 
 def last_kernel(gradient):
