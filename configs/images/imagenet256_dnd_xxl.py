@@ -9,8 +9,9 @@ parallel 6.32, vertical 3.18, DnD 2.58. For vertical add `--model.structure vert
 or flat `--model.structure parallel --model.head-layers None`.
 
 Recipe of App. E: AdamW (0.9, 0.95), weight decay 0.05, clipping at 1, learning rate 1e-4 per 256
-images, 300 epochs, dropout 0.1, class dropout 0.1. Head layers are those of the released script,
-0-indexed; the appendix's [39, 48], 1-indexed, would be 38, 47.
+images without a schedule, dropout 0.1, class dropout 0.1, 300 epochs = 300 x floor(1,281,167 /
+256) = 300 x 5,004 steps; the appendix gives no batch size. Head layers are those of the released
+script, 0-indexed; the appendix's [39, 48], 1-indexed, would be 38, 47.
 """
 
 from jaxllm.decoding.code_stacks import SamplingConfig

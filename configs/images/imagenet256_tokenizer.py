@@ -11,8 +11,9 @@ The paper's ImageNet validation rFID (Table 1a): d=1 2.98, d=2 0.93, d=4 0.60, d
 0.08, 0.05, 0.04; code usage 100 %.
 
 Recipe of App. B and RQ-VAE: Adam, fixed learning rate 4e-5 after half an epoch of warm-up, batch
-256, 100 epochs = 100 x 1,281,167 / 256 steps, no clipping. The released code updates its shared
-codebook once per depth (`--model.quantizer.ema-mode sequential`) and uses BatchNorm in the
+256, 100 epochs = 100 x floor(1,281,167 / 256) = 100 x 5,004 steps, no clipping; hinge loss of
+weight 0.75 from the first step, LPIPS of weight 1, commitment 0.25. The released code updates its
+shared codebook once per depth (`--model.quantizer.ema-mode sequential`) and uses BatchNorm in the
 discriminator (`--adversarial.model.norm batch`); pooled updates and GroupNorm are the default.
 """
 

@@ -5,11 +5,16 @@
 Codes: `python train/extract_codes.py configs/images/text_image384_codes.py`. Hardware and time: not
 measured here. The paper samples with temperature 0.1 and no guidance (arXiv:2410.01912); PPL_OCR
 values are only in a figure.
+
+The recipe is that of `imagenet256_dnd_xxl.py`. Steps: 300 epochs (App. E) = 300 x 2,400,000 / 256 =
+300 x 9,375 for a set as large as the paper's.
 """
 
 from jaxllm.images.config import CodeModelRun
 from jaxllm.images.runs import replace_in
 from jaxllm.training.run_folder import sibling_config
+
+EPOCH = 2_400_000 // 256
 
 
 def get_config() -> CodeModelRun:
@@ -26,6 +31,8 @@ def get_config() -> CodeModelRun:
         run,
         **model,
         data__cache="runs/text_image384_codes",
+        loop__steps=300 * EPOCH,
+        loop__eval_every=EPOCH,
         sampling__cfg_scale=(1.0,),
         sampling__temperature=(0.1,),
     )
