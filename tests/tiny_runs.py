@@ -1,5 +1,9 @@
 """Configs of the smallest runs that go through every stage; tests train them for a few steps."""
 
+import contextlib
+
+import jax
+
 from jaxllm.data.images import ImageDataConfig
 from jaxllm.decoding.code_stacks import SamplingConfig
 from jaxllm.images.config import (
@@ -18,6 +22,17 @@ from jaxllm.training.job import LoopConfig
 
 CODES, DEPTH, CLASSES = 8, 2, 3
 DATA = ImageDataConfig(source="quickdraw", image_size=(32, 32), batch_size=8)
+
+
+@contextlib.contextmanager
+def quick_compile():
+    """Compiles without optimising: for programs that run only a few times."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def loop(steps: int, **changes) -> LoopConfig:
