@@ -14,6 +14,7 @@ from jaxllm.images.config import (
     TokenizerRun,
 )
 from jaxllm.images.demo import DemoRun
+from jaxllm.images.words import WordsRun
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.models.image_classifier import ClassifierConfig
 from jaxllm.models.image_tokenizer import ImageTokenizerConfig
@@ -91,4 +92,15 @@ def demo() -> DemoRun:
         code_model=code_model(),
         sampling=SamplingConfig(cfg_scale=(2.0,)),
         per_row=4,
+    )
+
+
+def words() -> WordsRun:
+    data = ImageDataConfig(
+        source="words", image_size=(16, 32), flip=False, jitter=0, unconditional=True, batch_size=8
+    )
+    return WordsRun(
+        tokenizer=tokenizer(image_size=(16, 32), data=data),
+        code_model=code_model(grid=(2, 4), classes=1, class_dropout=0.0),
+        samples=16,
     )
