@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -76,3 +77,32 @@ def some_codes(
     rng = np.random.default_rng(seed)
     codes = rng.integers(config.codebook_size, size=(batch, config.cells, config.depth))
     return codes.astype(np.int32), rng.integers(config.num_classes, size=batch).astype(np.int32)
+
+
+def numpy_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """RMS norm of the last axis."""
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def numpy_block(
+    x: np.ndarray, w: Any, rotate: Callable[[np.ndarray, int], np.ndarray] | None = None
+) -> np.ndarray:
+    """One causal transformer block on [T, D] in float64, written from its definition.
+
+    `rotate(heads, t)` turns the queries or keys [..., H] of position t.
+    """
+    qkv = np.einsum("td,dkgh->tkgh", numpy_norm(x, w["attn_norm"]["scale"]), w["attn"]["qkv"])
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    if rotate is not None:
+        q, k = (np.stack([rotate(part[t], t) for t in range(len(x))]) for part in (q, k))
+    mixed = np.zeros_like(q)
+    for t in range(len(x)):
+        scores = np.einsum("kgh,skh->kgs", q[t], k[: t + 1]) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed[t] = np.einsum("kgs,skh->kgh", weights, v[: t + 1])
+    out = w["attn"]["out"]
+    x = x + np.einsum("tnh,nhd->td", mixed.reshape(len(x), *out.shape[:2]), out)
+    y = numpy_norm(x, w["mlp_norm"]["scale"])
+    gate = y @ w["mlp"]["gate"]
+    return x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp"]["up"])) @ w["mlp"]["down"]

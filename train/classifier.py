@@ -1,6 +1,6 @@
 """Trains the small classifier that scores samples or gives perceptual features.
 
-    python train/classifier.py configs/images/CONFIG.py [--dotted.key value ...] [--workdir DIR]
+python train/classifier.py configs/images/CONFIG.py [--dotted.key value ...] [--workdir DIR]
 """
 
 from jaxllm.cli.train import main

@@ -1,6 +1,6 @@
 """Trains a DnD-Transformer (or one of the models it is compared with) on a code cache.
 
-    python train/code_model.py configs/images/CONFIG.py [--dotted.key value ...] [--workdir DIR]
+python train/code_model.py configs/images/CONFIG.py [--dotted.key value ...] [--workdir DIR]
 """
 
 from jaxllm.cli.train import main

@@ -1,6 +1,6 @@
 """Trains tokenizer and DnD-Transformer on bundled images, samples, scores and writes a report.
 
-    python train/demo.py configs/images/demo.py --workdir runs/demo
+python train/demo.py configs/images/demo.py --workdir runs/demo
 """
 
 from jaxllm.cli.train import main

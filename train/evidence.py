@@ -1,6 +1,6 @@
 """Re-examines a paper's central claim at CPU scale and writes docs/evidence/NAME.{md,json,png}.
 
-    python train/evidence.py dnd [--seeds 0 1 2] [--steps 500] [--out docs/evidence]
+python train/evidence.py dnd [--seeds 0 1 2] [--steps 500] [--out docs/evidence]
 """
 
 import sys

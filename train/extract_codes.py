@@ -1,6 +1,6 @@
-"""Writes the code cache of a trained tokenizer, in packed uint16 shards.
+r"""Writes the code cache of a trained tokenizer, in packed uint16 shards.
 
-    python train/extract_codes.py configs/images/CONFIG.py --tokenizer runs/TOKENIZER \\
+python train/extract_codes.py configs/images/CONFIG.py --tokenizer runs/TOKENIZER \
         [--crops one|flip|ten] [--workdir runs/codes]
 """
 

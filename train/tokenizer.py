@@ -1,6 +1,6 @@
 """Trains an image tokenizer.
 
-    python train/tokenizer.py configs/images/CONFIG.py [--dotted.key value ...] [--workdir DIR]
+python train/tokenizer.py configs/images/CONFIG.py [--dotted.key value ...] [--workdir DIR]
 """
 
 from jaxllm.cli.train import main

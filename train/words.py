@@ -1,6 +1,6 @@
 """Trains tokenizer and DnD-Transformer on rendered words, and reads what it draws.
 
-    python train/words.py configs/images/words.py --workdir runs/words
+python train/words.py configs/images/words.py --workdir runs/words
 """
 
 from jaxllm.cli.train import main

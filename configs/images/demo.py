@@ -10,7 +10,13 @@ import dataclasses
 
 from jaxllm.data.images import ImageDataConfig
 from jaxllm.decoding.code_stacks import SamplingConfig
-from jaxllm.images.config import ClassifierRun, CodeDataConfig, CodeModelRun, PerceptualConfig, TokenizerRun
+from jaxllm.images.config import (
+    ClassifierRun,
+    CodeDataConfig,
+    CodeModelRun,
+    PerceptualConfig,
+    TokenizerRun,
+)
 from jaxllm.images.demo import DemoRun
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.models.image_classifier import ClassifierConfig

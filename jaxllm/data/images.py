@@ -1,7 +1,7 @@
 """Image sources: bundled samples, a folder per class, JSONL, TFDS. All give the same examples.
 
-An example is {"image": uint8 [H, W, channels], "label": int}. Sources are read lazily where the data
-is on disk and are random access, so the pipeline can start at any step.
+An example is {"image": uint8 [H, W, channels], "label": int}. Sources are read lazily where the
+data is on disk and are random access, so the pipeline can start at any step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _HELD_OUT = {"validation": 0.1, "test": 0.2}
 class ImageSource(Protocol):
     """A labelled image data set."""
 
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, in label order."""
+        ...
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -71,7 +74,7 @@ class ImageDataConfig:
     image_size: tuple[int, int] = (32, 32)
     channels: int = 1
     resize: Literal["pad", "crop"] = "pad"
-    """`pad` centres images of one common size on black; `crop` scales the shorter side and crops."""
+    """`pad` centres images of one size on black; `crop` scales the shorter side and crops."""
     flip: bool = True
     """Mirror half of the training images."""
     jitter: int = 1
@@ -147,9 +150,9 @@ def open_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """Returns the images of one split.
 
     Bundled images, folders and JSONL files without splits of their own are cut per class, by a
-    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test. A
-    folder that has sub-folders named train and validation or test is used as it is; a held-out split
-    that it lacks is the other one.
+    permutation that depends on nothing but the class size: 70 % train, 10 % validation, 20 % test.
+    A folder that has sub-folders named train and validation or test is used as it is; a held-out
+    split that it lacks is the other one.
     """
     kind = config.resolved_source
     if kind in ("words", "pages"):
@@ -220,8 +223,8 @@ def _finish(
     names = source.class_names
     if len(names) < 2 and not config.unconditional:
         raise InputError(
-            f"{config.folder or config.jsonl}: has one class, {names[0]!r}; a class-conditional model needs two or more "
-            "(or set --data.unconditional True)"
+            f"{config.folder or config.jsonl}: has one class, {names[0]!r}; a class-conditional "
+            "model needs two or more (or set --data.unconditional True)"
         )
     rows = []
     for label in range(len(names)):

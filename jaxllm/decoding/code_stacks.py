@@ -94,6 +94,8 @@ class CodeSampler:
 
     def __init__(self, build: Callable[[Tree, Tree], CodeModel]):
         self.build = build
+        self.traces = 0
+        """Times the loop was traced, that is, compiled for another batch shape or option."""
         self._run = jax.jit(self._decode, static_argnames=("top_k", "guided", "filtered"))
 
     def __call__(
@@ -181,6 +183,7 @@ class CodeSampler:
         guided: bool,
         filtered: bool,
     ) -> tuple[jax.Array, jax.Array]:
+        self.traces += 1  # Runs while tracing only.
         model = self.build(params, extra)
         class_ids, image_ids = constrain(class_ids, "batch"), constrain(image_ids, "batch")
         depth, cells = model.config.depth, model.config.cells

@@ -107,10 +107,8 @@ def _ours(config: DnDConfig, batch: int) -> tuple[Callable[[], None], Callable[[
     seeds = iter(range(10**6))
 
     def run() -> None:
-        jax.block_until_ready(
-            sampler(params, {}, classes, jax.random.key(next(seeds)), setting)
-        )
+        jax.block_until_ready(sampler(params, {}, classes, jax.random.key(next(seeds)), setting))
 
     start = time.perf_counter()
     run()
-    return run, lambda: sampler._run._cache_size(), time.perf_counter() - start
+    return run, lambda: sampler.traces, time.perf_counter() - start

@@ -85,7 +85,7 @@ def held_out(data: Any, split: Any, *, limit: int | None = None) -> Batch:
     count = len(source) if limit is None else min(limit, len(source))
     # Evenly spread rows: sources are sorted by class.
     rows = np.linspace(0, len(source) - 1, count).astype(int).tolist()
-    return stack_examples([prepare(source[i], rng) for i in rows])  # type: ignore[arg-type]
+    return stack_examples([prepare(source[i], rng) for i in rows])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ every depth (section 3.2 of arXiv:2410.01912). Logits exist for one chunk of tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from jaxllm.images.codes import CodeSource, DrawCrop, open_codes
 from jaxllm.images.config import CodeModelRun, RQTransformerRun
 from jaxllm.models.code_model import CODE_MODEL_RULES, code_model
 from jaxllm.models.rq_transformer import RQTransformerConfig
-from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.nn.vocabulary import token_log_probs
 from jaxllm.training.job import Job
@@ -184,5 +182,8 @@ class CodeScorer:
     def summary(self, params: Any, extra: Any, examples: dict[str, np.ndarray]) -> dict[str, float]:
         """Returns NLL in nats per image by depth, bits per code and accuracy by depth."""
         log_probs, correct = self(params, extra, examples["codes"], examples["label"])
-        metrics = {k: float(v) for k, v in depth_metrics(log_probs, correct).items()}
+        metrics = {
+            k: float(v)
+            for k, v in depth_metrics(jnp.asarray(log_probs), jnp.asarray(correct)).items()
+        }
         return {**metrics, "bits_per_code": float(-np.mean(log_probs) / np.log(2))}

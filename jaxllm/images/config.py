@@ -81,7 +81,8 @@ class TokenizerRun:
             )
         if self.model.channels != self.data.channels:
             raise InputError(
-                f"model.channels {self.model.channels} and data.channels {self.data.channels} differ"
+                f"model.channels {self.model.channels} and data.channels {self.data.channels} "
+                "differ"
             )
         if self.optimizer.accumulate != 1:
             raise InputError("tokenizer training does not accumulate; set optimizer.accumulate 1")

@@ -66,7 +66,7 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
     }
     if run.tokenizer.perceptual.kind != "classifier":
         raise InputError("the demo trains its own perceptual network; keep kind 'classifier'")
-    seconds = {}
+    seconds: dict[str, float] = {}
     for name, make in stages.items():
         if not run_stage(name, make(), workdir, seconds):
             return {}

@@ -127,7 +127,7 @@ def _fit(size: int, depth: int, shared: bool, seed: int, patches: Any) -> tuple[
 
 def _psnr(quantizer: ResidualVQ, fitted: Any, patches: Any) -> float:
     test = patches["test"]["patches"]
-    out = quantizer.quantize(*fitted, jnp.asarray(test), train=False).quantized
+    out = quantizer.quantize(fitted[0], fitted[1], jnp.asarray(test), train=False).quantized
     return float(-10 * np.log10(np.mean((np.asarray(out) - test) ** 2)))
 
 
@@ -166,24 +166,27 @@ def likelihoods(run: EvidenceRun, depth: int, patches: Any) -> list[dict[str, An
     quantizer, fitted = _fit(run.codebook_size, depth, False, 0, patches)
     codes = {}
     for split, part in patches.items():
-        found = quantizer.quantize(*fitted, jnp.asarray(part["patches"]), train=False).codes
+        found = quantizer.quantize(
+            fitted[0], fitted[1], jnp.asarray(part["patches"]), train=False
+        ).codes
         codes[split] = {"codes": np.asarray(found), "label": part["label"]}
     codebook = np.asarray(quantizer.codebook(*fitted))
     rows = []
     for name, config in structures(run, depth).items():
         runs = [_train(run, config, codes, codebook, seed) for seed in run.seeds]
+        nll = [r["nll"] for r in runs]
         rows.append(
             {
                 "depth": depth,
                 "model": name,
                 "parameters": code_model(config).parameter_count,
-                "nll": [r["nll"] for r in runs],
+                "nll": nll,
                 "nll_by_depth": [r["by_depth"] for r in runs],
                 "chosen_step": [r["step"] for r in runs],
                 "images_per_second": [r["images_per_second"] for r in runs],
             }
         )
-        print(f"depth {depth} {name}: {mean_interval(rows[-1]['nll'])} nats", flush=True)
+        print(f"depth {depth} {name}: {mean_interval(nll)} nats", flush=True)
     return rows
 
 

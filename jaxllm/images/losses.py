@@ -47,6 +47,6 @@ def r1_penalty(discriminate: Discriminate, images: jax.Array) -> jax.Array:
 def adaptive_weight(
     nll_gradient: jax.Array, adversarial_gradient: jax.Array, *, limit: float = 1e4
 ) -> jax.Array:
-    """lambda = clip(|g_nll| / (|g_adv| + 1e-4), 0, limit), gradients of the last kernel."""
+    """Lambda = clip(|g_nll| / (|g_adv| + 1e-4), 0, limit), gradients of the last kernel."""
     nll, adversarial = jnp.linalg.norm(nll_gradient), jnp.linalg.norm(adversarial_gradient)
     return jax.lax.stop_gradient(jnp.clip(nll / (adversarial + 1e-4), 0.0, limit))

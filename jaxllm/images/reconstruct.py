@@ -65,7 +65,8 @@ def measure_tokenizer(
     """
     model = tokenizer.build(params, extra)
     quantizer = model.config.quantizer
-    values, counts = [], 0
+    values = []
+    counts = np.zeros((quantizer.depth, quantizer.size), np.int64)
     errors: ErrorStats | None = None
     for batch, real in padded_batches({"image": images}, EVAL_BATCH):
         latents, codes, _, quality = _measure(tokenizer, params, extra, batch["image"])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.decoding.code_stacks import SamplingConfig
-from jaxllm.evals.images import compression_ratio
 from jaxllm.images.score import ImageScore
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.training.run_folder import to_plain, versions, write_json
@@ -69,7 +68,8 @@ def _tokenizer(report: Report) -> str:
     for i in range(1, model.depth + 1):
         lines.append(
             f"| depth 1-{i} | {values[f'psnr_depth{i}']:.2f} "
-            f"| {values[f'usage_depth{i}']:.0%} (attainable {values[f'attainable_usage_depth{i}']:.0%})"
+            f"| {values[f'usage_depth{i}']:.0%} "
+            f"(attainable {values[f'attainable_usage_depth{i}']:.0%})"
             f" | {values[f'perplexity_depth{i}']:.0f} | {model.codebook_size} |"
         )
     return "\n".join(lines) + "\n"
@@ -120,9 +120,5 @@ def _samples(report: Report) -> str:
 
 
 def _time(report: Report) -> str:
-    model = report.model
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
-    return f"## Time\n\n{parts}.\n" if model else ""
-
-
-__all__ = ["Report", "compression_ratio", "markdown", "write_report"]
+    return f"## Time\n\n{parts}.\n"

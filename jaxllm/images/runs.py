@@ -57,9 +57,16 @@ def run_kind(run_dir: Path) -> str:
 
 
 def replace_in(run: Run, **changes: Any) -> Run:
-    """Returns a copy of a config with dotted changes: {"loop.steps": 10} as loop__steps=10."""
+    """Returns a copy of a config with nested changes: loop__steps=10 sets loop.steps.
+
+    Changes to one nested config are made together, so that only the result is validated.
+    """
+    direct = {name: value for name, value in changes.items() if "__" not in name}
+    nested: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
-        head, *rest = name.split("__")
-        inner = value if not rest else replace_in(getattr(run, head), **{"__".join(rest): value})
-        run = dataclasses.replace(run, **{head: inner})  # type: ignore[type-var]
-    return run
+        if "__" in name:
+            head, rest = name.split("__", 1)
+            nested.setdefault(head, {})[rest] = value
+    for head, inner in nested.items():
+        direct[head] = replace_in(direct.get(head, getattr(run, head)), **inner)
+    return dataclasses.replace(run, **direct)  # type: ignore[type-var]

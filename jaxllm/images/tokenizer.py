@@ -85,9 +85,7 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         if run.kmeans_start:
             assert first_images is not None
             start_codebook(tokenizer, params["tokenizer"], extra["tokenizer"], first_images, key)
-        return new_state(
-            params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra
-        )
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
 
     batches = Batches(
         source,
@@ -123,7 +121,10 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         rules=TOKENIZER_RULES,
         evaluate=evaluate,
         sample=sample,
-        identity={"model": run.model, "adversarial": run.adversarial.model if adversarial else None},
+        identity={
+            "model": run.model,
+            "adversarial": run.adversarial.model if adversarial else None,
+        },
     )
 
 

@@ -52,7 +52,8 @@ class WordsRun:
 
 def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
     """Runs or resumes both stages and writes `report/`; returns its numbers."""
-    began, seconds = time.perf_counter(), {}
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
     data = run.tokenizer.data
     if not run_stage("tokenizer", tokenizer_job(run.tokenizer), workdir, seconds):
         return {}
@@ -85,6 +86,8 @@ def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
         "samples": ppl_ocr(samples, read, language.score),
     }
     drawn, known = likelihood["samples"].texts, set(train_texts)
+    seconds["sample and score"] = time.perf_counter() - start
+    seconds["total"] = time.perf_counter() - began
     result = {
         "tokenizer": measure_tokenizer(decoder.blueprint, decoder.params, decoder.extra, test),
         "rocr": {
@@ -102,9 +105,8 @@ def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
             generator.params, generator.extra, open_codes(workdir / "codes" / "test").first_crops()
         ),
         "first samples read as": list(drawn[:40]),
-        "seconds": {**seconds, "sample and score": time.perf_counter() - start},
+        "seconds": seconds,
     }
-    result["seconds"]["total"] = time.perf_counter() - began
     report = workdir / "report"
     save_grid(report / "samples.png", [samples[i : i + 8] for i in range(0, 64, 8)], scale=3)
     rows = [test[:8], *(images[:8] for images in by_depth)]
@@ -139,8 +141,8 @@ def _markdown(result: dict[str, Any]) -> str:
     ]
     lines += [
         "\n![samples](samples.png)\n",
-        "PPL_OCR is the perplexity per character, end mark included, of what an exact reader reads, "
-        "under a character trigram model of the training words. Real words are the floor.\n",
+        "PPL_OCR is the perplexity per character, end mark included, of what an exact reader "
+        "reads, under a character trigram model of the training words. Real words are the floor.\n",
         "| pictures | PPL_OCR | n | read as empty |",
         "|---|---|---|---|",
     ]

@@ -201,7 +201,7 @@ def _difference(saved: Any, wanted: Any) -> str | None:
 
 def read_newest(directory: Path) -> dict[str, Any]:
     """Loads the newest undamaged checkpoint as arrays on one device, whatever mesh saved it."""
-    chosen = newest_intact(directory)
+    chosen = newest_intact(directory.resolve())
     if chosen is None:
         raise InputError(f"{directory}: no checkpoint; has the run saved yet?")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -53,6 +53,11 @@ def load_config(path: Path) -> Any:
     return config
 
 
+def sibling_config(file: str, name: str) -> Any:
+    """Returns the config of another file in the folder of `file`, for configs that vary it."""
+    return load_config(Path(file).with_name(name))
+
+
 def override(config: Config, arguments: Sequence[str]) -> Config:
     """Returns `config` with dotted overrides applied: ["--model.layers", "4"].
 

@@ -13,6 +13,8 @@ from tiny_code_models import (
     CASES,
     SHAPE,
     apply,
+    numpy_block,
+    numpy_norm,
     random_model,
     some_codes,
     teacher_logits,
@@ -36,9 +38,6 @@ def numpy_logits(params, config, codes, class_id):
     cells, depth = codes.shape
     head_dim = config.dim // config.heads
 
-    def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
-
     def table(i):
         return p["token_embed"][i if config.per_depth_embedding else 0]
 
@@ -57,24 +56,6 @@ def numpy_logits(params, config, codes, class_id):
             out[..., 2 * j + 1] = b * np.cos(angle) + a * np.sin(angle)
         return out
 
-    def block(x, w):
-        y = norm(x, w["attn_norm"]["scale"])
-        qkv = np.einsum("td,dkgh->tkgh", y, w["attn"]["qkv"])
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        q = np.stack([rotate(q[t], t) for t in range(cells)])
-        k = np.stack([rotate(k[t], t) for t in range(cells)])
-        mixed = np.zeros_like(q)
-        for t in range(cells):
-            scores = np.einsum("kgh,skh->kgs", q[t], k[: t + 1]) / math.sqrt(head_dim)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
-            mixed[t] = np.einsum("kgs,skh->kgh", weights, v[: t + 1])
-        mixed = mixed.reshape(cells, config.heads, head_dim)
-        x = x + np.einsum("tnh,nhd->td", mixed, w["attn"]["out"])
-        y = norm(x, w["mlp_norm"]["scale"])
-        gate = y @ w["mlp"]["gate"]
-        return x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp"]["up"])) @ w["mlp"]["down"]
-
     x = np.zeros((cells, config.dim))
     x[0] = p["class_embed"][class_id]
     for t in range(1, cells):
@@ -82,10 +63,10 @@ def numpy_logits(params, config, codes, class_id):
     logits = np.zeros((cells, depth, config.codebook_size))
     heads = config.segment_ends()
     for layer in range(config.layers):
-        x = block(x, jax.tree.map(lambda a, n=layer: a[n], p["layers"]))
+        x = numpy_block(x, jax.tree.map(lambda a, n=layer: a[n], p["layers"]), rotate)
         for i in (i for i in range(depth) if heads[i] == layer):
             kernel = p["head_out"][0 if config.share_heads else i]
-            logits[:, i] = norm(x, p["head_norm"][i]) @ kernel
+            logits[:, i] = numpy_norm(x, p["head_norm"][i]) @ kernel
             if config.structure == "dnd" and i + 1 < depth:
                 x = x + table(i)[codes[:, i]]
     return logits
@@ -224,6 +205,19 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_log_probs():
     assert log_probs.dtype == jnp.float32
     _, exact = apply(tiny_blueprint(config), params, {}, codes, classes)
     np.testing.assert_allclose(log_probs, exact, atol=0.15)  # Eight bits through four layers.
+
+
+@pytest.mark.parametrize("name", [*STRUCTURES, "rq"])
+def test_rematerialisation_reaches_every_scan(name):
+    """What it does to values and gradients is tested with the scan itself."""
+    config = dataclasses.replace(CASES[name], remat="full")
+    blueprint, params, extra = random_model(config)
+    jaxpr = jax.make_jaxpr(lambda p: blueprint.build(p, extra).hidden(*some_codes(config)))(params)
+    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert len(scans) == {"dnd": 3, "vertical": 3, "parallel": 1, "flat": 1, "rq": 2}[name]
+    for scan in scans:
+        inner = [e.primitive.name for e in scan.params["jaxpr"].eqns]
+        assert inner == ["checkpoint"] or inner == ["remat2"], inner
 
 
 # -- sizes and refusals ---------------------------------------------------------------------------

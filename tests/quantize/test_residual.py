@@ -21,9 +21,9 @@ def start(**options):
     return config, *config.init(jax.random.key(1))
 
 
-def test_chain_equals_numpy_loop():
+def test_chain_equals_numpy_loop(quantize):
     config, params, state = start()
-    output = config.quantize(params, state, Z, train=False)
+    output = quantize(config, params, state, Z, train=False)
     table = np.asarray(params["codebook"], np.float64)
     squares = 0.0
     for index in np.ndindex(Z.shape[:-1]):
@@ -37,9 +37,9 @@ def test_chain_equals_numpy_loop():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_prefix_decoding_and_level_vectors_agree(shared):
+def test_prefix_decoding_and_level_vectors_agree(shared, quantize):
     config, params, state = start(shared=shared)
-    codes = config.quantize(params, state, Z, train=False).codes
+    codes = quantize(config, params, state, Z, train=False).codes
     levels = config.embed_levels(params, state, codes)
     assert levels.shape == (3, 7, 3, 4)
     for depth in (1, 2, 3):
@@ -49,9 +49,9 @@ def test_prefix_decoding_and_level_vectors_agree(shared):
     np.testing.assert_allclose(levels.sum(-2) + residual, Z, atol=1e-5)
 
 
-def test_depth_one_is_plain_vq():
+def test_depth_one_is_plain_vq(quantize):
     config, params, state = start(depth=1)
-    output = config.quantize(params, state, Z, train=False)
+    output = quantize(config, params, state, Z, train=False)
     table = np.asarray(params["codebook"][0])
     distance = ((np.asarray(Z)[..., None, :] - table) ** 2).sum(-1)
     np.testing.assert_array_equal(output.codes[..., 0], distance.argmin(-1))
@@ -59,35 +59,35 @@ def test_depth_one_is_plain_vq():
     np.testing.assert_allclose(output.losses["commitment"], distance.min(-1).mean() / 4, rtol=1e-5)
 
 
-def test_error_is_monotone_per_vector_if_zero_is_a_code():
+def test_error_is_monotone_per_vector_if_zero_is_a_code(quantize):
     """Not so in general: a vector's error may grow with depth when 0 is not a code."""
     config, params, state = start()
     params = {"codebook": params["codebook"].at[:, 0].set(0.0)}
-    codes = config.quantize(params, state, Z, train=False).codes
+    codes = quantize(config, params, state, Z, train=False).codes
     errors = [
         jnp.square(Z - config.decode(params, state, codes, depth=i)).sum(-1) for i in (1, 2, 3)
     ]
     assert all(bool((b <= a + 1e-6).all()) for a, b in itertools.pairwise(errors))
 
 
-def test_straight_through_applied_once_gradient_is_one():
+def test_straight_through_applied_once_gradient_is_one(quantize):
     """Per level, the gradient would be the depth."""
     config, params, state = start()
 
     def f(z):
-        return config.quantize(params, state, z, train=False).quantized.sum()
+        return quantize(config, params, state, z, train=False).quantized.sum()
 
     np.testing.assert_array_equal(jax.grad(f)(Z), jnp.ones_like(Z))
 
 
-def test_commitment_alive_at_every_level():
+def test_commitment_alive_at_every_level(quantize):
     """The gradient is `2/numel 1/C sum_i (z - q_i)`, with a term of every level."""
     config, params, state = start()
-    codes = config.quantize(params, state, Z, train=False).codes
+    codes = quantize(config, params, state, Z, train=False).codes
     expected = sum(Z - config.decode(params, state, codes, depth=i) for i in (1, 2, 3))
 
     def f(z):
-        return config.quantize(params, state, z, train=False).losses["commitment"]
+        return quantize(config, params, state, z, train=False).losses["commitment"]
 
     gradient = jax.grad(f)(Z)
     np.testing.assert_allclose(gradient, 2.0 / Z.size / 3.0 * expected, rtol=1e-4, atol=1e-7)
@@ -95,12 +95,12 @@ def test_commitment_alive_at_every_level():
     assert float(jnp.abs(gradient - first).max()) > 1e-3
 
 
-def test_codebook_loss_pulls_each_level_to_its_own_residual():
+def test_codebook_loss_pulls_each_level_to_its_own_residual(quantize):
     config, params, state = start()
-    codes = config.quantize(params, state, Z, train=False).codes
+    codes = quantize(config, params, state, Z, train=False).codes
 
     def f(params, z):
-        return config.quantize(params, state, z, train=False).losses["codebook"]
+        return quantize(config, params, state, z, train=False).losses["codebook"]
 
     by_table, by_z = jax.grad(f, argnums=(0, 1))(params, Z)
     np.testing.assert_array_equal(by_z, jnp.zeros_like(Z))
@@ -124,14 +124,14 @@ def test_total_loss_puts_beta_on_the_encoder_term():
     assert float(ema.total_loss({"commitment": jnp.float32(2.0)})) == 0.5
 
 
-def test_legacy_beta_swaps_terms():
+def test_legacy_beta_swaps_terms(quantize):
     config, params, state = start(beta=0.25, legacy_beta=True)
     losses = {"commitment": jnp.float32(2.0), "codebook": jnp.float32(3.0)}
     assert float(config.total_loss(losses)) == 2.0 + 0.25 * 3.0
 
     def encoder_gradient(config):
         def f(z):
-            return config.total_loss(config.quantize(params, state, z, train=False).losses)
+            return config.total_loss(quantize(config, params, state, z, train=False).losses)
 
         return jax.grad(f)(Z)
 
@@ -159,11 +159,11 @@ def test_rotation_is_finite_without_a_direction(z, q):
     assert np.isfinite(jacobian).all() and float(jnp.abs(jacobian).max()) <= 1.0 + 1e-6
 
 
-def test_residual_rotation_acts_on_the_sum():
+def test_residual_rotation_acts_on_the_sum(quantize):
     config, params, state = start(estimator="rotation")
     z = Z[0, 0]
-    output = config.quantize(params, state, z, train=False)
-    jacobian = jax.jacobian(lambda z: config.quantize(params, state, z, train=False).quantized)(z)
+    output = quantize(config, params, state, z, train=False)
+    jacobian = jax.jacobian(lambda z: quantize(config, params, state, z, train=False).quantized)(z)
     np.testing.assert_allclose(jacobian, jax.jacobian(rotation)(z, output.quantized), atol=1e-6)
 
 
@@ -173,11 +173,11 @@ def test_straight_through_value_is_exact_for_large_numbers():
     assert float(straight_through(z, q)) == float(q)
 
 
-def test_dropout_is_per_example_and_marked_with_minus_one():
+def test_dropout_is_per_example_and_marked_with_minus_one(quantize):
     config = ResidualVQ(8, 4, depth=4, dropout=0.5, restart_below=0.0)
     _, state = config.init(jax.random.key(1))
     z = jax.random.normal(jax.random.key(2), (400, 3, 4))
-    output = config.quantize({}, state, z, train=True, key=jax.random.key(3))
+    output = quantize(config, {}, state, z, train=True, key=jax.random.key(3))
     kept = np.asarray(output.codes >= 0)
     # The same number of levels at all positions of an example, always a prefix of at least one.
     np.testing.assert_array_equal(kept, np.broadcast_to(kept[:, :1], kept.shape))
@@ -189,15 +189,15 @@ def test_dropout_is_per_example_and_marked_with_minus_one():
     np.testing.assert_allclose(output.quantized, config.decode({}, state, output.codes), atol=1e-6)
     levels = config.embed_levels({}, state, output.codes)
     np.testing.assert_array_equal(levels[~kept], 0.0)
-    full = config.quantize({}, state, z, train=False)
+    full = quantize(config, {}, state, z, train=False)
     np.testing.assert_array_equal(output.codes, np.where(kept, full.codes, -1))
 
 
-def test_dropped_levels_leave_losses_and_ema():
+def test_dropped_levels_leave_losses_and_ema(quantize):
     config = ResidualVQ(8, 4, depth=3, dropout=0.7, restart_below=0.0, decay=0.0, shared=False)
     _, state = config.init(jax.random.key(1))
     z = jax.random.normal(jax.random.key(2), (50, 2, 4))
-    output = config.quantize({}, state, z, train=True, key=jax.random.key(3))
+    output = quantize(config, {}, state, z, train=True, key=jax.random.key(3))
     kept = np.asarray(output.codes >= 0)
     np.testing.assert_allclose(output.state["counts"].sum(-1), kept.sum((0, 1)))
     prefixes = [config.decode({}, state, output.codes, depth=i) for i in (1, 2, 3)]
@@ -206,7 +206,7 @@ def test_dropped_levels_leave_losses_and_ema():
     np.testing.assert_allclose(output.losses["commitment"], expected, rtol=1e-5)
 
 
-def test_stochastic_codes_follow_the_distances():
+def test_stochastic_codes_follow_the_distances(quantize):
     table = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     z = jnp.array([0.3, 0.4])
     p = np.asarray(jax.nn.softmax(-jnp.square(table - z).sum(-1) / 0.5))
@@ -217,9 +217,9 @@ def test_stochastic_codes_follow_the_distances():
     # In evaluation the choice is the nearest code.
     config, params, state = start(temperature=5.0)
     calm = dataclasses.replace(config, temperature=0.0)
-    loud = config.quantize(params, state, Z, train=True, key=jax.random.key(0)).codes
-    still = config.quantize(params, state, Z, train=False).codes
-    np.testing.assert_array_equal(still, calm.quantize(params, state, Z, train=False).codes)
+    loud = quantize(config, params, state, Z, train=True, key=jax.random.key(0)).codes
+    still = quantize(config, params, state, Z, train=False).codes
+    np.testing.assert_array_equal(still, quantize(calm, params, state, Z, train=False).codes)
     assert not np.array_equal(loud, still)
 
 
@@ -271,7 +271,7 @@ def test_code_entropy_equals_enumeration_and_ignores_chunks():
     assert float(jnp.abs(gradients[0]).max()) > 1e-3
 
 
-def test_state_with_large_codebook_has_the_released_shape():
+def test_state_with_large_codebook_has_the_released_shape(quantize):
     config = ResidualVQ(codebook_size=16384, code_dim=256, depth=2)
     params, state = jax.eval_shape(config.init, jax.random.key(0))
     assert params == {}
@@ -279,7 +279,7 @@ def test_state_with_large_codebook_has_the_released_shape():
     assert state["codebook"].shape == state["sums"].shape == (1, 16384, 256)
     assert state["counts"].shape == (1, 16384)
     output = jax.eval_shape(
-        lambda s, z, k: config.quantize({}, s, z, train=True, key=k),
+        lambda s, z, k: quantize(config, {}, s, z, train=True, key=k),
         state,
         jax.ShapeDtypeStruct((256, 16, 16, 256), jnp.bfloat16),
         jax.random.key(0),
@@ -289,13 +289,13 @@ def test_state_with_large_codebook_has_the_released_shape():
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_no_assignment_matrix_is_made(train):
+def test_no_assignment_matrix_is_made(train, quantize):
     """No array of (all vectors) x K: statistics are segment sums, distances are chunked."""
     config = ResidualVQ(512, 4, chunk_size=64)
     _, state = config.init(jax.random.key(0))
     z = jnp.zeros((1024, 4))
     trace = jax.make_jaxpr(
-        lambda s, z: config.quantize({}, s, z, train=train, key=jax.random.key(0))
+        lambda s, z: quantize(config, {}, s, z, train=train, key=jax.random.key(0))
     )(state, z)
     text = str(trace)
     assert "64,512" in text

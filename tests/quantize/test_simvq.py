@@ -9,12 +9,12 @@ import numpy as np
 from jaxllm.quantize import SimVQ
 
 
-def test_simvq_decodes_through_projection():
+def test_simvq_decodes_through_projection(quantize):
     """Decoding with the frozen table alone would return vectors of another space."""
     config = SimVQ(16, 4, table_dim=4)
     params, state = config.init(jax.random.key(0))
     z = jax.random.normal(jax.random.key(1), (10, 4))
-    output = config.quantize(params, state, z, train=True)
+    output = quantize(config, params, state, z, train=True)
     codes = output.codes[:, 0]
     product = np.asarray(state["table"], np.float64) @ np.asarray(params["projection"], np.float64)
     np.testing.assert_allclose(
@@ -26,14 +26,14 @@ def test_simvq_decodes_through_projection():
     assert float(jnp.abs(output.quantized - state["table"][codes]).max()) > 0.1
 
 
-def test_one_step_moves_every_code_and_the_table_stays():
+def test_one_step_moves_every_code_and_the_table_stays(quantize):
     """A used code's gradient moves the unused ones too, and lowers the loss."""
     config = SimVQ(64, 4)
     params, state = config.init(jax.random.key(0))
     z = 3.0 + jax.random.normal(jax.random.key(1), (5, 4))
 
     def loss(params, state):
-        output = config.quantize(params, state, z, train=True)
+        output = quantize(config, params, state, z, train=True)
         return config.total_loss(output.losses)
 
     by_params, by_state = jax.grad(loss, argnums=(0, 1))(params, state)

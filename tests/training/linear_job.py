@@ -1,8 +1,8 @@
 """A job that trains in milliseconds yet uses everything a state can hold, and a script around it.
 
-    python linear_job.py DIR [DIR ...] --delay 0.05
+    python linear_job.py DIR [DIR ...] --delay 0.05 [--host NUMBER --hosts 2 --port PORT]
 
-trains it in one folder after the other; tests kill and resume such processes.
+trains it in one folder after the other, two devices a host; tests kill and resume such processes.
 """
 
 import argparse
@@ -30,6 +30,9 @@ from jaxllm.training.state import new_state
 from jaxllm.training.step import apply_gradients
 
 ROWS, INPUTS, OUTPUTS, BATCH = 40, 8, 16, 8
+LOOP = LoopConfig(
+    steps=30, log_every=1, eval_every=7, save_every=4, keep_best="norm", compile_cache=False
+)
 RULES = ((r"^w$", ("embed", "mlp")), (r"^b$", (None,)))
 
 
@@ -71,6 +74,7 @@ def linear_job(
     identity="linear",
     optimizer=OptimizerConfig(learning_rate=0.05, ema_decay=0.9, weight_decay=0.01),  # noqa: B008
     spoil=None,
+    hosts=(0, 1),
     **job,
 ):
     """Data order, both noises, average, moments and extra state all reach the numbers."""
@@ -104,7 +108,7 @@ def linear_job(
         mesh=mesh,
         init=init,
         step=step,
-        batches=Batches(source or Numbers(), BATCH, loop.seed, jitter),
+        batches=Batches(source or Numbers(), BATCH, loop.seed, jitter, hosts=hosts),
         rules=RULES,
         identity=identity,
         evaluate=lambda state: {"norm": float(jnp.sum(state.best_params["w"] ** 2))},
@@ -116,12 +120,19 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--host", type=int, default=0)
+    parser.add_argument("--hosts", type=int, default=1)
+    parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
-    loop = LoopConfig(
-        steps=30, log_every=1, eval_every=7, save_every=4, keep_best="norm", compile_cache=False
-    )
+    host, hosts = arguments.host, arguments.hosts
+    if hosts > 1:
+        jax.distributed.initialize(f"localhost:{arguments.port}", hosts, host)
     for folder in arguments.folders:
-        train(linear_job(loop, source=Numbers(arguments.delay)), folder)
+        mesh = MeshConfig(data=-1, fsdp=hosts)
+        train(
+            linear_job(LOOP, mesh=mesh, source=Numbers(arguments.delay), hosts=(host, hosts)),
+            folder,
+        )
 
 
 if __name__ == "__main__":

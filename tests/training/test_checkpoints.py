@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +197,9 @@ def test_a_failed_save_surfaces_at_the_next_one_and_leaves_no_checkpoint(tmp_pat
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(make_state(2), 2)
     assert finished_steps(tmp_path) == []
+
+
+def test_a_relative_folder_is_read(saved, monkeypatch):
+    # Orbax takes absolute paths only, and a run folder is usually given as `runs/NAME`.
+    monkeypatch.chdir(saved.parent)
+    assert int(read_newest(Path(saved.name))["step"]) == 15

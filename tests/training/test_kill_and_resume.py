@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,40 +14,45 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from linear_job import LOOP, linear_job
 
+from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.parallel.sharding import leaf_paths
 from jaxllm.training.checkpoint import finished_steps, read_newest
+from jaxllm.training.loop import train
 
 SCRIPT = Path(__file__).with_name("linear_job.py")
 
 
-def start(*arguments):
-    root = str(SCRIPT.parents[2])
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Child:
+    """A training process that prints to a file."""
 
+    def __init__(self, log, *arguments):
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), *map(str, arguments)],
+                env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
 
-def last_step(folder):
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+    def reach(self, step):
+        """Waits until this process, not one before it, has shown `step`."""
+        deadline = time.monotonic() + 120
+        while not any(int(shown) >= step for shown in re.findall(r"linear (\d+)/", self.printed)):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.printed
+            time.sleep(0.002)
 
+    def stop(self, number, pause=0.0):
+        """Sends a signal after `pause` seconds and returns the exit code."""
+        time.sleep(pause)
+        self.process.send_signal(number)
+        return self.process.wait(timeout=120)
 
-def stop_at(process, folder, step, number, pause):
-    """Sends the signal `pause` seconds after `step` shows in the log; returns exit code, stdout."""
-    deadline = time.monotonic() + 120
-    while last_step(folder) < step and process.poll() is None:
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.002)
-    time.sleep(pause)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out + err
+    @property
+    def printed(self):
+        return self.log.read_text()
 
 
 def without_timing(folder):
@@ -63,25 +70,23 @@ def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path
     story = f"seed {seed}: killed after {steps[0]}, stopped after {steps[1:]}"
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
 
-    code, _ = stop_at(
-        start(folder, "--delay", 0.04), folder, steps[0], signal.SIGKILL, rng.uniform(0, 0.05)
-    )
-    assert code == -signal.SIGKILL, story
-
-    for step, number in zip(steps[1:], (signal.SIGTERM, signal.SIGINT), strict=True):
-        code, printed = stop_at(
-            start(folder, "--delay", 0.04), folder, step, number, rng.uniform(0, 0.05)
-        )
-        assert code == 0, (story, printed)
-        assert "stopped and saved at step" in printed and "same command resumes" in printed
+    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    for step, number in zip(steps, signals, strict=True):
+        child = Child(tmp_path / "printed", folder, "--delay", 0.04)
+        child.reach(step)
+        code = child.stop(number, rng.uniform(0, 0.05))
+        if number == signal.SIGKILL:
+            assert code == -signal.SIGKILL, story
+            continue
+        assert code == 0, (story, child.printed)
         saved = finished_steps(folder / "checkpoints")[-1]
         assert step <= saved < 30, story
-        summary = json.loads((folder / "summary.json").read_text())
-        assert summary["step"] == saved
+        resume = f"linear: stopped and saved at step {saved}; the same command resumes\n"
+        assert child.printed.endswith(resume)
+        assert json.loads((folder / "summary.json").read_text())["step"] == saved
 
-    last = start(folder, whole)
-    out, err = last.communicate(timeout=120)
-    assert last.returncode == 0, (story, out + err)
+    last = Child(tmp_path / "printed", folder, whole)
+    assert last.process.wait(timeout=120) == 0, (story, last.printed)
 
     for name in ("checkpoints", "best"):
         left, right = read_newest(folder / name), read_newest(whole / name)
@@ -105,3 +110,34 @@ def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path
     for end in ends:
         end["metrics"].pop("train/images_per_second")
     assert ends[0]["metrics"] == ends[1]["metrics"] and ends[0]["step"] == 30
+
+
+@pytest.mark.slow
+def test_two_hosts_stop_together_and_one_host_goes_on(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    folder, whole = tmp_path / "hosts", tmp_path / "whole"
+    first, second = (
+        Child(
+            tmp_path / str(host),
+            *(folder, "--delay", 0.04, "--host", host, "--hosts", 2, "--port", port),
+        )
+        for host in range(2)
+    )
+    try:
+        first.reach(9)
+        codes = [second.stop(signal.SIGTERM), first.process.wait(timeout=120)]
+    finally:
+        first.process.kill()
+        second.process.kill()
+    assert codes == [0, 0], first.printed + second.printed
+    saved = finished_steps(folder / "checkpoints")[-1]
+    assert f"stopped and saved at step {saved}" in first.printed and 9 <= saved < 30
+    assert "linear" not in second.printed
+
+    # Four devices on two hosts, then one device on one host: the same rows and numbers.
+    for path in (folder, whole):
+        train(linear_job(LOOP, mesh=MeshConfig(data=1)), path, devices=jax.devices()[:1])
+    for row, wanted in zip(without_timing(folder), without_timing(whole), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)

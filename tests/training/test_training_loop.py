@@ -237,9 +237,12 @@ def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path):
 
 def test_one_trace_no_recompilation_no_copies_and_no_wait_between_log_steps(tmp_path, monkeypatch):
     compiled, waits, states = [], [], []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
-    )
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     for name in ("device_get", "block_until_ready"):
         original = getattr(jax, name)
         monkeypatch.setattr(
@@ -263,7 +266,7 @@ def test_one_trace_no_recompilation_no_copies_and_no_wait_between_log_steps(tmp_
             jnp.ones(3) + np.ones(3)  # The guard was on.
     finally:
         jax.config.update("jax_transfer_guard", "allow")
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     # A row fetches metrics and health, an evaluation and a checkpoint health: one evaluation at 8,
     # all at 12, one evaluation at 16, row and checkpoint at 18, all at 19, nothing in between.
     assert waits == ["device_get"] * (1 + 4 + 1 + 3 + 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,10 +32,18 @@ def mixture(key, tokens=1000):
     return centres[choice] + widths[:, None] * jax.random.normal(noise_key, (tokens, 4))
 
 
-def relative_errors(config, params, state, z):
+@partial(jax.jit, static_argnums=0)
+def measure(config, params, state, z):
     codes = config.quantize(params, state, z, train=False).codes
     stats = error_stats(z, config.embed_levels(params, state, codes))
-    return usage_report(count_codes(codes, config.size), stats)
+    return count_codes(codes, config.size), stats
+
+
+def relative_errors(config, params, state, z):
+    return usage_report(*measure(config, params, state, z))
+
+
+fit = jax.jit(residual_kmeans_start, static_argnums=(0, 3))
 
 
 def test_kmeans_finds_separated_clusters():
@@ -78,7 +88,7 @@ def test_kmeans_refuses_no_vectors():
 def test_residual_kmeans_start_fits_every_level(update, shared):
     z = mixture(jax.random.key(0))
     config = ResidualVQ(16, 4, depth=3, shared=shared, update=update)
-    params, state = residual_kmeans_start(config, jax.random.key(1), z, 10)
+    params, state = fit(config, jax.random.key(1), z, 10)
     fresh_params, fresh_state = config.init(jax.random.key(1))
     assert jax.tree.structure((params, state)) == jax.tree.structure((fresh_params, fresh_state))
     fitted = relative_errors(config, params, state, z)["relative_error"]
@@ -97,18 +107,18 @@ def test_separate_beats_shared_at_small_size_and_error_falls_with_depth(seed):
     errors = {}
     for shared in (True, False):
         config = ResidualVQ(16, 4, depth=4, shared=shared)
-        params, state = residual_kmeans_start(config, jax.random.key(seed), z, 20)
-        fit = relative_errors(config, params, state, z)["relative_error"]
-        assert all(b < a for a, b in zip(fit, fit[1:], strict=False))
+        params, state = fit(config, jax.random.key(seed), z, 20)
+        errors_by_depth = relative_errors(config, params, state, z)["relative_error"]
+        assert all(b < a for a, b in itertools.pairwise(errors_by_depth))
         errors[shared] = relative_errors(config, params, state, held_out)["relative_error"]
     assert errors[False][-1] < 0.5 * errors[True][-1]
 
 
-def test_ema_training_fits_without_kmeans():
+def test_ema_training_fits_without_kmeans(quantize):
     """From N(0, 1) codes, restart and EMA reach a tenth of the variance and use every code."""
     config = ResidualVQ(16, 4, depth=2, shared=False, decay=0.9, restart_below=0.5)
     _, state = config.init(jax.random.key(0))
-    step = jax.jit(lambda state, z, key: config.quantize({}, state, z, train=True, key=key).state)
+    step = jax.jit(lambda state, z, key: quantize(config, {}, state, z, train=True, key=key).state)
     for i in range(60):
         key = jax.random.key(i)
         state = step(state, mixture(key, 256), key)
@@ -125,7 +135,7 @@ LYRA = (
 
 
 @pytest.mark.skipif(not LYRA.is_file(), reason=f"{LYRA} is not there; set JAXLLM_TEST_DATA")
-def test_lyra_codebooks_encode_like_a_greedy_search():
+def test_lyra_codebooks_encode_like_a_greedy_search(quantize):
     """Released residual codebooks of a speech codec (google/lyra): 8 of 46 stages of 16 codes."""
     table = np.load(LYRA)[:8]
     norms = np.linalg.norm(table, axis=-1).mean(-1)
@@ -135,7 +145,7 @@ def test_lyra_codebooks_encode_like_a_greedy_search():
     z = table[np.arange(8), codes].sum(1) + 0.1 * rng.normal(size=(100, 64)).astype(np.float32)
     config = ResidualVQ(16, 64, depth=8, shared=False, update="gradient")
     params = {"codebook": jnp.asarray(table)}
-    output = config.quantize(params, {}, jnp.asarray(z, jnp.float32), train=False)
+    output = quantize(config, params, {}, jnp.asarray(z, jnp.float32), train=False)
     residual = z.astype(np.float64)
     for level in range(8):
         chosen = ((residual[:, None] - table[level]) ** 2).sum(-1).argmin(-1)

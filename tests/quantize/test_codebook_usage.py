@@ -59,11 +59,11 @@ def test_attainable_usage():
     np.testing.assert_allclose(attainable_usage(40, 50), observed, atol=0.02)
 
 
-def test_merged_errors_equal_the_whole_set():
+def test_merged_errors_equal_the_whole_set(quantize):
     config = ResidualVQ(8, 4, depth=3)
     _, state = config.init(jax.random.key(0))
     z = 10.0 + jax.random.normal(jax.random.key(1), (30, 4))
-    codes = config.quantize({}, state, z, train=False).codes
+    codes = quantize(config, {}, state, z, train=False).codes
     levels = config.embed_levels({}, state, codes)
     parts = [error_stats(z[a:b], levels[a:b]) for a, b in ((0, 7), (7, 8), (8, 30))]
     merged = merge_errors(merge_errors(parts[0], parts[1]), parts[2])

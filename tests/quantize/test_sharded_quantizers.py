@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -61,20 +62,26 @@ def test_eight_devices_equal_one(name):
         one, many = first.state, second.state
 
 
-def test_search_and_statistics_do_not_gather_the_batch():
-    """Without restart, devices exchange sums of codebook size, never their vectors."""
-    config = ResidualVQ(32, 4, depth=2, restart_below=0.0, chunk_size=128)
+def test_the_batch_never_moves_between_devices():
+    """Search, statistics and restart exchange sums of codebook size, never vectors."""
+    config = ResidualVQ(32, 4, depth=2, chunk_size=128)
     _, state = config.init(jax.random.key(0))
     over_data = NamedSharding(mesh(), PartitionSpec("data"))
     everywhere = NamedSharding(mesh(), PartitionSpec())
     step = jax.jit(
-        lambda state, z: config.quantize({}, state, z, train=True),
-        in_shardings=(everywhere, over_data),
+        lambda state, z, key: config.quantize({}, state, z, train=True, key=key),
+        in_shardings=(everywhere, over_data, everywhere),
     )
-    compiled = step.lower(state, jnp.zeros((64, 4, 4, 4))).compile().as_text()
-    assert "all-reduce" in compiled
-    gathered = re.findall(r"= (\S+) all-gather\(", compiled)
-    assert gathered == []
+    z = jnp.zeros((64, 4, 4, 4))
+    compiled = step.lower(state, z, jax.random.key(0)).compile().as_text()
+    moves = ("all-gather", "all-to-all", "collective-permute")
+    assert not [move for move in moves if move in compiled]
+    reductions = [line for line in compiled.splitlines() if " all-reduce(" in line]
+    assert reductions
+    for line in reductions:
+        shapes = re.findall(r"[a-z]+\d+\[([\d,]*)\]", line.split(" all-reduce(")[0])
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+        assert sizes and max(sizes) <= 32 * 4
 
 
 def test_one_trace_per_shape():

@@ -1,0 +1,44 @@
+"""Commands in README.md and docs/ refer to scripts, configs and options that exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxllm.cli.main import build_parser
+from jaxllm.training.run_folder import load_config, override
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] in ("python", "jaxllm"):
+                    yield pytest.param(words, id=f"{page.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command_parses(words):
+    if words[0] == "jaxllm":
+        build_parser().parse_args(words[1:])
+        return
+    script, config, *rest = words[1:]
+    assert (ROOT / script).is_file()
+    if "--workdir" in rest:
+        place = rest.index("--workdir")
+        rest = rest[:place] + rest[place + 2 :]
+    override(load_config(ROOT / config), rest)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for named in re.findall(r"`((?:tests|train|configs|docs)/[\w./]+?\.(?:py|md))`", text):
+        assert (ROOT / named).exists(), named
