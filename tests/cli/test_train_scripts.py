@@ -80,6 +80,11 @@ def refusal(script, *arguments) -> str:
         ),
         ("code_model code_model.py --model.layers 3", "end at the last one, 2"),
         ("demo demo.py --tokenizer.perceptual.kind none", "keep kind 'classifier'"),
+        (
+            "demo demo.py --code-model.model.codebook-size 9",
+            "the tokenizer makes codes of codebook_size 8, the code model has 9",
+        ),
+        ("words words.py --code-model.model.grid 4 2", "codes of grid (2, 4), the code model has"),
         ("tokenizer tokenizer.py --data.image-size 16 16", "data.image_size (16, 16) differ"),
         ("tokenizer tokenizer.py --perceptual.kind classifier", "needs perceptual.path"),
         ("code_model code_model.py --data.cache gone", "gone/train/meta.json: no such file"),
