@@ -10,3 +10,18 @@ if "xla_force_host_platform_device_count" not in flags:
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory):
+    """The folder of a finished demo of the smallest models, and the numbers it returned."""
+    import tiny_runs
+
+    from jaxllm.images.demo import run_demo
+
+    folder = tmp_path_factory.mktemp("tiny") / "demo"
+    with tiny_runs.quick_compile():
+        report = run_demo(tiny_runs.demo(), folder)
+    return folder, report

@@ -1,5 +1,9 @@
 """Configs of the smallest runs that go through every stage; tests train them for a few steps."""
 
+import contextlib
+
+import jax
+
 from jaxllm.data.images import ImageDataConfig
 from jaxllm.decoding.code_stacks import SamplingConfig
 from jaxllm.images.config import (
@@ -10,6 +14,7 @@ from jaxllm.images.config import (
     TokenizerRun,
 )
 from jaxllm.images.demo import DemoRun
+from jaxllm.images.words import WordsRun
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.models.image_classifier import ClassifierConfig
 from jaxllm.models.image_tokenizer import ImageTokenizerConfig
@@ -18,6 +23,17 @@ from jaxllm.training.job import LoopConfig
 
 CODES, DEPTH, CLASSES = 8, 2, 3
 DATA = ImageDataConfig(source="quickdraw", image_size=(32, 32), batch_size=8)
+
+
+@contextlib.contextmanager
+def quick_compile():
+    """Compiles without optimising: for programs that run only a few times."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def loop(steps: int, **changes) -> LoopConfig:
@@ -76,4 +92,15 @@ def demo() -> DemoRun:
         code_model=code_model(),
         sampling=SamplingConfig(cfg_scale=(2.0,)),
         per_row=4,
+    )
+
+
+def words() -> WordsRun:
+    data = ImageDataConfig(
+        source="words", image_size=(16, 32), flip=False, jitter=0, unconditional=True, batch_size=8
+    )
+    return WordsRun(
+        tokenizer=tokenizer(image_size=(16, 32), data=data),
+        code_model=code_model(grid=(2, 4), classes=1, class_dropout=0.0),
+        samples=16,
     )

@@ -48,6 +48,25 @@ class DemoRun:
     """Pictures per class in the sample grid."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.tokenizer.perceptual.kind != "classifier":
+            raise InputError("the demo trains its own perceptual network; keep kind 'classifier'")
+        check_stages(self.tokenizer, self.code_model)
+
+
+def check_stages(tokenizer: TokenizerRun, code_model: CodeModelRun) -> None:
+    """Raises InputError where the codes of one stage will not fit the model of the next."""
+    quantizer, model = tokenizer.model.quantizer, code_model.model
+    for name, made, wanted in (
+        ("codebook_size", quantizer.size, model.codebook_size),
+        ("depth", quantizer.depth, model.depth),
+        ("grid", tokenizer.model.grid, model.grid),
+    ):
+        if made != wanted:
+            raise InputError(
+                f"the tokenizer makes codes of {name} {made}, the code model has {wanted}"
+            )
+
 
 def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
     """Runs or resumes every stage in sub-folders of `workdir` and writes `report/`.
@@ -56,6 +75,7 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
       The numbers of report.json, or an empty dict when a signal stopped a stage.
     """
     began = time.perf_counter()
+    workdir = workdir.resolve()  # The stages' configs name each other's folders.
     data = run.tokenizer.data
     stages: dict[str, Any] = {
         "scorer": lambda: classifier_job(run.scorer),
@@ -64,8 +84,6 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
             replace_in(run.tokenizer, perceptual__path=str(workdir / "perceptual"))
         ),
     }
-    if run.tokenizer.perceptual.kind != "classifier":
-        raise InputError("the demo trains its own perceptual network; keep kind 'classifier'")
     seconds: dict[str, float] = {}
     for name, make in stages.items():
         if not run_stage(name, make(), workdir, seconds):

@@ -23,7 +23,7 @@ from jaxllm.evals.ocr import ppl_ocr, rocr
 from jaxllm.images.code_models import CodeScorer, code_model_job
 from jaxllm.images.codes import open_codes
 from jaxllm.images.config import CodeModelRun, TokenizerRun
-from jaxllm.images.demo import extract_splits, run_stage
+from jaxllm.images.demo import check_stages, extract_splits, run_stage
 from jaxllm.images.pictures import save_grid
 from jaxllm.images.reconstruct import measure_tokenizer, reconstruct
 from jaxllm.images.runs import replace_in
@@ -48,12 +48,14 @@ class WordsRun:
             raise InputError(
                 f"tokenizer.data.source is {self.tokenizer.data.source!r}; this needs 'words'"
             )
+        check_stages(self.tokenizer, self.code_model)
 
 
 def run_words(run: WordsRun, workdir: Path) -> dict[str, Any]:
     """Runs or resumes both stages and writes `report/`; returns its numbers."""
     began = time.perf_counter()
     seconds: dict[str, float] = {}
+    workdir = workdir.resolve()  # The stages' configs name each other's folders.
     data = run.tokenizer.data
     if not run_stage("tokenizer", tokenizer_job(run.tokenizer), workdir, seconds):
         return {}
