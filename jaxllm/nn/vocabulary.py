@@ -62,10 +62,13 @@ def token_log_probs(
     if chunks == 1:
         log_probs, correct = one_chunk(flat, ids)
     else:
-        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, chunk, dim)
-        ids = jnp.pad(ids, (0, padding)).reshape(chunks, chunk)
-        log_probs, correct = jax.lax.map(lambda args: one_chunk(*args), (flat, ids))
-    log_probs = log_probs.reshape(-1)[:tokens].reshape(targets.shape)
+        # Every chunks-th token makes a chunk: each then spans all devices, where a run of
+        # neighbours would lie on one of them and make the others wait or repeat its work.
+        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunk, chunks, dim).swapaxes(0, 1)
+        ids = jnp.pad(ids, (0, padding)).reshape(chunk, chunks).swapaxes(0, 1)
+        mapped = jax.lax.map(lambda args: one_chunk(*args), (flat, ids))
+        log_probs, correct = (part.swapaxes(0, 1).reshape(-1)[:tokens] for part in mapped)
+    log_probs = log_probs.reshape(targets.shape)
     if not with_accuracy:
         return log_probs
-    return log_probs, correct.reshape(-1)[:tokens].reshape(targets.shape)
+    return log_probs, correct.reshape(targets.shape)

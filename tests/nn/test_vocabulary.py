@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.sharding import batch_sharding
 
 D, V = 6, 11
 RNG = np.random.default_rng(0)
@@ -100,3 +102,18 @@ def test_all_logits_never_exist_at_once():
 
     assert largest(128) == 128 * 300
     assert largest(16) == 16 * 300
+
+
+def test_every_device_forms_the_logits_of_its_own_tokens():
+    """Chunks span the devices: no activation is gathered and no logits are formed twice."""
+    mesh = make_mesh()
+    hidden = jnp.asarray(RNG.standard_normal((8, 16, D)), jnp.float32)
+    targets = jnp.asarray(RNG.integers(V, size=(8, 16)))
+    run = jax.jit(partial(token_log_probs, chunk=32))
+    expected = run(hidden, KERNEL, targets)
+    with jax.set_mesh(mesh):
+        hidden, targets = jax.device_put((hidden, targets), batch_sharding(mesh))
+        text = run.lower(hidden, KERNEL, targets).compile().as_text()
+        np.testing.assert_allclose(run(hidden, KERNEL, targets), expected, atol=1e-5)
+    assert "all-gather" not in text
+    assert f"f32[{32 // 8},{V}]" in text and f"f32[32,{V}]" not in text
