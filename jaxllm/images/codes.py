@@ -206,25 +206,29 @@ def extract_codes(
     source = open_images(dataclasses.replace(data, balanced=False), split)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)  # Written last: its presence means whole.
-    shards = count = 0
-    for images, labels in _in_shards(source, data, crops):
-        number, flat = images.shape[1], images.reshape(-1, *images.shape[2:])
-        parts = []
-        for batch, real in padded_batches({"image": flat}, batch_size):
-            codes = encode_images(tokenizer, params, extra, normalise(batch["image"]))
-            parts.append(codes[:real].astype(np.uint16))
-        packed = np.concatenate(parts).reshape(len(images), number, *parts[0].shape[1:])
-        np.save(folder / f"codes-{shards:05d}.npy", packed)
-        np.save(folder / f"labels-{shards:05d}.npy", labels)
-        shards, count = shards + 1, count + len(images)
+    shards = range(0, len(source), SHARD)
+    for number, start in enumerate(shards):
+        parts, labels = [], []
+        for rows in _in_batches(source, start, batch_size):
+            images = np.stack([crops_of(row["image"], data, crops) for row in rows])
+            flat = {"image": images.reshape(-1, *images.shape[2:])}
+            codes = [
+                encode_images(tokenizer, params, extra, normalise(batch["image"]))[:real]
+                for batch, real in padded_batches(flat, batch_size)
+            ]
+            packed = np.concatenate(codes).astype(np.uint16)
+            parts.append(packed.reshape(*images.shape[:2], *packed.shape[1:]))
+            labels += [row["label"] for row in rows]
+        np.save(folder / f"codes-{number:05d}.npy", np.concatenate(parts))
+        np.save(folder / f"labels-{number:05d}.npy", np.asarray(labels, np.int32))
     if hasattr(quantizer, "codebook"):
         np.save(folder / "codebook.npy", np.asarray(quantizer.codebook(*model.quantizer_parts())))
     write_json(
         folder / "meta.json",
         {
             "split": split,
-            "images": count,
-            "shards": shards,
+            "images": len(source),
+            "shards": len(shards),
             "shard_size": SHARD,
             "crops": {"one": 1, "flip": 2, "ten": 10}[crops],
             "grid": list(model.config.grid),
@@ -247,10 +251,8 @@ def origin(params: Any, extra: Any, data: ImageDataConfig, crops: Crops) -> dict
     return {"tokenizer": digest.hexdigest(), "data": read, "crops": crops}
 
 
-def _in_shards(
-    source: ImageSource, data: ImageDataConfig, crops: Crops
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(source), SHARD):
-        rows = [source[i] for i in range(start, min(len(source), start + SHARD))]
-        images = np.stack([crops_of(row["image"], data, crops) for row in rows])
-        yield images, np.asarray([row["label"] for row in rows], np.int32)
+def _in_batches(source: ImageSource, start: int, batch_size: int) -> Iterator[list[Example]]:
+    # Pixels of one batch at a time: ten crops of a shard of ImageNet would be 32 GB.
+    stop = min(len(source), start + SHARD)
+    for first in range(start, stop, batch_size):
+        yield [source[i] for i in range(first, min(stop, first + batch_size))]
