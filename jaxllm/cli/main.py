@@ -126,11 +126,10 @@ def show(result: dict[str, Any]) -> None:
     console = Console(markup=False, highlight=False, emoji=False)  # Paths may hold [brackets].
     plain = {k: v for k, v in result.items() if not isinstance(v, list) or not v}
     plain |= {k: v for k, v in result.items() if isinstance(v, list) and not _is_rows(v)}
-    if plain:
-        table = Table(show_header=False, box=None)
-        for name, value in plain.items():
-            table.add_row(name, _text(value))
-        console.print(table)
+    # Printed plainly: a table would cut long paths at the width of the terminal.
+    width = max(map(len, plain), default=0)
+    for name, value in plain.items():
+        print(f"{name:<{width}}  {_text(value)}")
     for name, rows in result.items():
         if isinstance(rows, list) and _is_rows(rows):
             table = Table(*rows[0].keys(), title=name, title_justify="left", box=None)
