@@ -2,7 +2,8 @@
 
     python train/demo.py configs/images/demo.py --workdir runs/demo
 
-Hardware: 2 CPU cores. Time: under 6 minutes. Data: the 900 Fashion-MNIST images of the authors'
+Hardware: 2 CPU cores. Time: meant to take under 6 minutes; not yet timed on a
+quiet machine. Data: the 900 Fashion-MNIST images of the authors'
 sprite and 3,000 QuickDraw drawings; each class is cut 70/10/20 and drawn equally often.
 """
 

@@ -2,7 +2,8 @@
 
     python train/words.py configs/images/words.py --workdir runs/words
 
-Hardware: 2 CPU cores. Time: under 10 minutes. Words of the test split are never trained on.
+Hardware: 2 CPU cores. Time: meant to take under 10 minutes; not yet timed.
+Words of the test split are never trained on.
 """
 
 from jaxllm.data.images import ImageDataConfig
