@@ -98,9 +98,11 @@ def _likelihood(report: Report) -> str:
 
 def _samples(report: Report) -> str:
     cfg = ", ".join(f"{s:g}" for s in report.sampling.cfg_scale)
+    temperature = ", ".join(f"{t:g}" for t in report.sampling.temperature)
     lines = [
         "## Samples\n",
-        f"![one row per class](samples.png)\n\nDrawn with guidance {cfg}; real test images are in "
+        f"![one row per class](samples.png)\n\nDrawn with guidance {cfg} and temperature "
+        f"{temperature} by depth, from one seed; real test images are in "
         "[real.png](real.png).\n",
         "All sets have the same number of images per class and are compared with the same training "
         "images, by a classifier that took no part in training the generator. FD is the Fréchet "
