@@ -1,15 +1,14 @@
 """Samples grids of code stacks from any code model, in one jitted loop with a static cache.
 
 A code model predicts the C codes of one cell per `step` (see `models/dnd.py`). The draw of code i
-of cell t of an image uses a key made of (seed, image number, t, i): a sample does not depend on the
-batch it was drawn in or on the number of devices.
+of cell t of an image uses a random number made of (seed, image number, t, i): a sample does not
+depend on the batch it was drawn in or on the number of devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -189,7 +188,9 @@ class CodeSampler:
         depth, cells = model.config.depth, model.config.cells
         layers = model.unstack()
         rows = pair(class_ids, model.config.null_class) if guided else class_ids
-        keys = jax.vmap(partial(jax.random.fold_in, key))(image_ids)
+        uniforms = jax.vmap(
+            lambda image: jax.random.uniform(jax.random.fold_in(key, image), (cells, depth))
+        )(image_ids)
         copies = 2 if guided else 1
 
         def one_cell(carry: tuple[Any, jax.Array], position: jax.Array) -> tuple[Any, Any]:
@@ -200,11 +201,8 @@ class CodeSampler:
             def choose(i: int, logits: jax.Array) -> jax.Array:
                 conditional = logits[0::copies]
                 mixed = guide(logits, scales[position, i]) if guided else logits
-                draw_keys = jax.vmap(
-                    lambda k: jax.random.fold_in(jax.random.fold_in(k, position), i)
-                )
                 code = sample_token(
-                    draw_keys(keys),
+                    uniforms[:, position, i],
                     mixed,
                     temperature=temperature[i],
                     top_k=top_k[i],

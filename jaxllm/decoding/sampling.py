@@ -1,7 +1,7 @@
-"""From logits to a token: temperature, top-k, top-p, and one key per row.
+"""From logits to a token: temperature, top-k, top-p, and one uniform number per row.
 
 The order is temperature, then top-k, then top-p with the first token that crosses p kept. A row's
-draw depends on its own key and logits only, never on the rest of the batch.
+draw depends on its own number and logits only, never on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _highest(logits: jax.Array, lowest: jax.Array, count: jax.Array | int) -> ja
 
 
 def sample_token(
-    keys: jax.Array,
+    uniforms: jax.Array,
     logits: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
@@ -64,17 +64,50 @@ def sample_token(
     """Draws one token per row.
 
     Args:
-      keys: Typed keys [B], one per row.
+      uniforms: float32 [B] in [0, 1), the only randomness; a loop draws those of all its steps
+        beforehand.
       logits: float32 [B, V].
-      temperature: Scalar, traced or not; 0 takes the most likely token.
+      temperature: Scalar, traced or not; 0 takes the most likely token, of equal ones the lowest.
       top_k: Static, 0 is off.
       top_p: Scalar in (0, 1].
 
     Returns:
       int32 [B].
     """
-    greedy = jnp.argmax(logits, axis=-1)
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    filtered = filter_logits(scaled, top_k=top_k, top_p=top_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, filtered)
-    return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+    greedy = jnp.asarray(temperature) <= 0
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    # A temperature this low leaves mass on the largest logits only, and 0 picks the first of them.
+    scaled = below / jnp.where(greedy, 1e-30, temperature)
+    masses = jnp.exp(filter_logits(scaled, top_k=top_k, top_p=top_p))
+    return _pick(jnp.where(greedy, 0.0, uniforms), masses)
+
+
+def _pick(uniforms: jax.Array, masses: jax.Array) -> jax.Array:
+    """Inverts the cumulative distribution of unnormalised `masses` [B, V] at `uniforms` [B].
+
+    First the block of tokens, then the token within it: two sums of about sqrt(V) terms cost far
+    less than one of V, and than the V random numbers of the Gumbel trick.
+    """
+    size = masses.shape[-1]
+    width = 1 << (size.bit_length() // 2)
+    blocks = jnp.pad(masses, ((0, 0), (0, -size % width))).reshape(len(masses), -1, width)
+    totals = jnp.sum(blocks, axis=-1)
+    ends = _ends(totals)
+    target = uniforms * jnp.max(ends, axis=-1)
+    block = _first_above(ends, target)
+    row = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    before = jnp.take_along_axis(ends - totals, block[:, None], axis=1)[:, 0]
+    within = _ends(row)
+    # The two levels round differently; what is left to find must lie inside the block.
+    inside = jnp.clip(target - before, 0.0, jnp.max(within, axis=-1) * (1 - 2**-20))
+    return block * width + _first_above(within, inside)
+
+
+def _ends(masses: jax.Array) -> jax.Array:
+    """Cumulative sums, 0 where the mass is 0: such a token is never picked, however sums round."""
+    return jnp.where(masses > 0, jnp.cumsum(masses, axis=-1), 0.0)
+
+
+def _first_above(ends: jax.Array, target: jax.Array) -> jax.Array:
+    """Index of the first of `ends` [B, n] above `target` [B], int32 [B]."""
+    return jnp.argmax(ends > target[:, None], axis=-1).astype(jnp.int32)

@@ -57,39 +57,64 @@ def test_a_traced_top_p_of_one_keeps_everything():
 
 
 def test_temperature_comes_before_top_p():
-    keys = jax.random.split(jax.random.key(0), 300)
+    uniforms = jax.random.uniform(jax.random.key(0), 300)
     rows = jnp.broadcast_to(LOGITS, (300, 4))
     # At temperature 1/2 the masses are 16, 4, 1, 1 of 22, so that p = 0.72 keeps one token only.
-    drawn = sample_token(keys, rows, temperature=0.5, top_p=0.72)
+    drawn = sample_token(uniforms, rows, temperature=0.5, top_p=0.72)
     assert set(drawn.tolist()) == {1}
-    assert set(sample_token(keys, rows, top_p=0.72).tolist()) == {1, 3}
+    assert set(sample_token(uniforms, rows, top_p=0.72).tolist()) == {1, 3}
     # At temperature 4 they are nearly equal: all of them stay.
-    assert set(sample_token(keys, rows, temperature=4.0, top_p=0.9).tolist()) == {0, 1, 2, 3}
+    assert set(sample_token(uniforms, rows, temperature=4.0, top_p=0.9).tolist()) == {0, 1, 2, 3}
 
 
 def test_temperature_zero_takes_the_most_likely_token():
     logits = jax.random.normal(jax.random.key(1), (50, 9))
     for key in (0, 1):
-        drawn = sample_token(jax.random.split(jax.random.key(key), 50), logits, temperature=0.0)
+        drawn = sample_token(jax.random.uniform(jax.random.key(key), 50), logits, temperature=0.0)
         np.testing.assert_array_equal(drawn, jnp.argmax(logits, axis=-1))
     assert drawn.dtype == jnp.int32
 
 
 def test_frequencies_follow_the_temperature():
-    keys = jax.random.split(jax.random.key(2), 20_000)
-    drawn = sample_token(keys, jnp.broadcast_to(LOGITS, (20_000, 4)), temperature=0.5)
+    uniforms = jax.random.uniform(jax.random.key(2), 20_000)
+    drawn = sample_token(uniforms, jnp.broadcast_to(LOGITS, (20_000, 4)), temperature=0.5)
     expected = np.array([1, 16, 1, 4]) / 22
     found = np.bincount(drawn, minlength=4) / 20_000
     # Four standard errors of the most uncertain share.
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.2 / 20_000))
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 100, 1000])
+def test_the_cumulative_distribution_is_inverted(size):
+    rng = np.random.default_rng(size)
+    masses = rng.exponential(size=size) * (rng.uniform(size=size) < 0.7)
+    masses[rng.integers(size)] = 1.0
+    uniforms = np.concatenate([rng.uniform(size=300), [0.0, 1 - 2**-23]]).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        logits = jnp.asarray(np.log(masses), jnp.float32)
+    drawn = np.asarray(sample_token(jnp.asarray(uniforms), jnp.tile(logits, (302, 1))))
+    assert (masses[drawn] > 0).all()
+    ends = np.cumsum(masses) / masses.sum()
+    # Rounding may move a number that lies on the edge between two tokens.
+    assert (uniforms < ends[drawn] + 1e-5).all()
+    assert (uniforms > ends[drawn] - masses[drawn] / masses.sum() - 1e-5).all()
+    assert drawn[-2] == np.flatnonzero(masses)[0] and drawn[-1] == np.flatnonzero(masses)[-1]
+
+
+def test_of_equally_likely_tokens_greedy_takes_the_lowest():
+    logits = jnp.array([[-jnp.inf, 1.0, 3.0, 3.0, 2.9999]])
+    for uniform in (0.0, 0.5, 0.999):
+        assert sample_token(jnp.array([uniform]), logits, temperature=0.0).tolist() == [2]
+
+
 def test_a_draw_depends_on_its_own_row_only():
-    keys = jax.random.split(jax.random.key(3), 40)
+    uniforms = jax.random.uniform(jax.random.key(3), 40)
     logits = jax.random.normal(jax.random.key(4), (40, 5))
-    whole = sample_token(keys, logits, top_p=0.8)
+    whole = sample_token(uniforms, logits, top_p=0.8)
     part = np.array([31, 7, 18])
-    np.testing.assert_array_equal(sample_token(keys[part], logits[part], top_p=0.8), whole[part])
+    np.testing.assert_array_equal(
+        sample_token(uniforms[part], logits[part], top_p=0.8), whole[part]
+    )
 
 
 @pytest.mark.parametrize(
