@@ -166,11 +166,17 @@ def plot(options: argparse.Namespace) -> dict[str, Any]:
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     """Times sampling of DnD beside the flattened model and a PyTorch loop."""
+    from jaxllm.cli.show import write_page
     from jaxllm.images.bench import bench_dnd
 
-    if options.repeats < 1 or options.batch < 1:
-        raise InputError("--repeats and --batch must be at least 1")
-    return bench_dnd(repeats=options.repeats, batch=options.batch, threads=options.threads)
+    if min(options.repeats, options.threads, *options.batch) < 1:
+        raise InputError("--repeats, --batch and --threads must be at least 1")
+    if options.output is not None:
+        check_target(Path(options.output))
+    result = bench_dnd(repeats=options.repeats, batches=options.batch, threads=options.threads)
+    if options.output is not None:
+        write_page(Path(options.output), f"jaxllm bench {options.name}", result)
+    return result
 
 
 def data(options: argparse.Namespace) -> dict[str, Any]:

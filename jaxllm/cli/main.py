@@ -82,8 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", "Time a system beside what one would use instead: dnd.", "bench")
     bench.add_argument("name", choices=("dnd",))
     bench.add_argument("--repeats", type=int, default=7)
-    bench.add_argument("--batch", type=int, default=16)
+    bench.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     bench.add_argument("--threads", type=int, default=2, help="threads of the torch side")
+    bench.add_argument("--output", metavar="MD", help="also write the result as a Markdown page")
 
     data = add("data", "Describe a bundled data set, or verify its files.", "data")
     data.add_argument("name", nargs="?", help="default: list all")
@@ -109,6 +110,7 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     from jaxllm.cli import commands
+    from jaxllm.cli.show import show
 
     result = getattr(commands, options.function)(options)
     if options.json:
@@ -116,40 +118,6 @@ def _run(arguments: list[str]) -> int:
     else:
         show(result)
     return 0
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints a result as a two-column table; lists of rows become a table of their own."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, highlight=False, emoji=False)  # Paths may hold [brackets].
-    plain = {k: v for k, v in result.items() if not isinstance(v, list) or not v}
-    plain |= {k: v for k, v in result.items() if isinstance(v, list) and not _is_rows(v)}
-    # Printed plainly: a table would cut long paths at the width of the terminal.
-    width = max(map(len, plain), default=0)
-    for name, value in plain.items():
-        print(f"{name:<{width}}  {_text(value)}")
-    for name, rows in result.items():
-        if isinstance(rows, list) and _is_rows(rows):
-            table = Table(*rows[0].keys(), title=name, title_justify="left", box=None)
-            for row in rows:
-                table.add_row(*(_text(value) for value in row.values()))
-            console.print(table)
-
-
-def _is_rows(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-    return str(value)
 
 
 def entry() -> NoReturn:

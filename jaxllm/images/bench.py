@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,36 +30,59 @@ DEMO_SHAPE = dict(
     layers=6,
     heads=4,
     dim=128,
+    mlp_hidden=352,
     per_depth_embedding=True,
 )
 
 
-def bench_dnd(*, repeats: int, batch: int, threads: int) -> dict[str, Any]:
-    """Returns images per second of each side and the ratios of the medians.
+def bench_dnd(*, repeats: int, batches: Sequence[int], threads: int) -> dict[str, Any]:
+    """Returns images per second of each side at each batch size and the ratios of the medians.
 
     Args:
       repeats: Timed repeats of each side, interleaved.
-      batch: Images drawn at once.
+      batches: Numbers of images drawn at once.
       threads: Threads of the PyTorch side.
     """
     dnd = DnDConfig(**DEMO_SHAPE, head_layers=(3, 5))  # type: ignore[arg-type]
-    flat = DnDConfig(**DEMO_SHAPE, structure="flat")  # type: ignore[arg-type]
-    sides: dict[str, Callable[[], None]] = {}
-    traces: dict[str, Callable[[], int]] = {}
-    compile_seconds = {}
-    for name, config in (("dnd", dnd), ("flattened", flat)):
-        sides[name], traces[name], compile_seconds[name] = _ours(config, batch)
-    torch_version, error = None, None
+    configs = {
+        "dnd": dnd,
+        "flattened": DnDConfig(**DEMO_SHAPE, structure="flat"),  # type: ignore[arg-type]
+    }
+    params, torch_side, torch_version, error = _random_params(dnd), None, None, None
     try:
+        import torch
+
         from jaxllm.images.bench_torch import eager_sampler, largest_difference
 
-        params = _random_params(dnd)
+        torch_side, torch_version = eager_sampler, torch.__version__
         error = largest_difference(params, dnd)
         if error > 1e-3:
             raise InputError(f"the PyTorch loop differs from ours by {error:.1e}; not timed")
-        sides["torch eager"], torch_version = eager_sampler(params, dnd, batch, threads)
     except ImportError:
         pass
+    samplers = {name: CodeSampler(code_model(c).build) for name, c in configs.items()}
+    rows = []
+    for batch in batches:
+        sides = {name: _ours(samplers[name], c, batch) for name, c in configs.items()}
+        if torch_side is not None:
+            sides["torch eager"] = torch_side(params, dnd, batch, threads)
+        rows += _race(sides, repeats, batch)
+    return {
+        "sampling": rows,
+        "repeats": repeats,
+        "compilations per batch size": {
+            name: sampler.traces / len(set(batches)) for name, sampler in samplers.items()
+        },
+        "largest logit difference to torch": error,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "threads of torch": threads,
+        "load average": os.getloadavg()[0],
+        "versions": {**versions(), **({"torch": torch_version} if torch_version else {})},
+    }
+
+
+def _race(sides: dict[str, Callable[[], None]], repeats: int, batch: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
@@ -67,8 +90,9 @@ def bench_dnd(*, repeats: int, batch: int, threads: int) -> dict[str, Any]:
             run()
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    rows = [
+    return [
         {
+            "batch": batch,
             "side": name,
             "images/s": batch / median[name],
             "seconds": median[name],
@@ -78,18 +102,6 @@ def bench_dnd(*, repeats: int, batch: int, threads: int) -> dict[str, Any]:
         }
         for name, times in seconds.items()
     ]
-    return {
-        "sampling": rows,
-        "batch": batch,
-        "repeats": repeats,
-        "compile seconds": compile_seconds,
-        "compilations per batch shape": {name: count() for name, count in traces.items()},
-        "largest logit difference to torch": error,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load average": os.getloadavg()[0],
-        "versions": {**versions(), **({"torch": torch_version} if torch_version else {})},
-    }
 
 
 def _random_params(config: DnDConfig) -> Any:
@@ -99,16 +111,14 @@ def _random_params(config: DnDConfig) -> Any:
     return params
 
 
-def _ours(config: DnDConfig, batch: int) -> tuple[Callable[[], None], Callable[[], int], float]:
-    blueprint, params = code_model(config), _random_params(config)
-    sampler = CodeSampler(blueprint.build)
-    classes = np.arange(batch) % config.num_classes
+def _ours(sampler: CodeSampler, config: DnDConfig, batch: int) -> Callable[[], None]:
+    """Returns a function that draws one batch, already compiled."""
+    params, classes = _random_params(config), np.arange(batch) % config.num_classes
     setting = SamplingConfig(cfg_scale=(1.0,))
     seeds = iter(range(10**6))
 
     def run() -> None:
         jax.block_until_ready(sampler(params, {}, classes, jax.random.key(next(seeds)), setting))
 
-    start = time.perf_counter()
     run()
-    return run, lambda: sampler.traces, time.perf_counter() - start
+    return run

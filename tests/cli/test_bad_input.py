@@ -221,7 +221,7 @@ def test_other_commands(runs, capsys, tmp_path):
         ([*plot[:-1], tmp_path / "a.xyz"], "a.xyz: its ending must be one of png, svg, pdf"),
         ([*plot[:-1], tmp_path], "is a folder"),
         (["data", "mnist"], "data set 'mnist' is not one of fashion_mnist_sprite, quickdraw3"),
-        (["bench", "dnd", "--repeats", 0], "--repeats and --batch must be at least 1"),
+        (["bench", "dnd", "--repeats", 0], "--repeats, --batch and --threads must be at least 1"),
         (["paint"], "invalid choice: 'paint'"),
         (["sample", "--runs", "x"], "required"),
     ):

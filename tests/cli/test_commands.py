@@ -18,7 +18,8 @@ from torch_reference import fake_dnd  # noqa: E402
 from torch_writer import save  # noqa: E402
 
 from jaxllm.cli import commands  # noqa: E402
-from jaxllm.cli.main import build_parser, main, show  # noqa: E402
+from jaxllm.cli.main import build_parser, main  # noqa: E402
+from jaxllm.cli.show import show  # noqa: E402
 from jaxllm.data import provenance  # noqa: E402
 from jaxllm.data.images import PrepareImage, bundled, quickdraw  # noqa: E402
 from jaxllm.decoding.code_stacks import SamplingConfig  # noqa: E402
@@ -271,7 +272,7 @@ def test_data_lists_describes_and_verifies(tmp_path, capsys, monkeypatch):
     assert main(["data", "text", "--verify"]) == 0
 
 
-def test_bench_prints_a_table(capsys, monkeypatch):
+def test_bench_prints_a_table_and_writes_a_page(capsys, monkeypatch, tmp_path):
     import jaxllm.images.bench
 
     rows = [{"side": "dnd", "images/s": 12.5}, {"side": "torch eager", "images/s": 3.0}]
@@ -279,9 +280,14 @@ def test_bench_prints_a_table(capsys, monkeypatch):
         jaxllm.images.bench, "bench_dnd", lambda **options: {"sampling": rows, **options}
     )
     found = output_of(capsys, "bench", "dnd", "--repeats", 2, "--batch", 3, "--threads", 1)
-    assert found == {"sampling": rows, "repeats": 2, "batch": 3, "threads": 1}
-    assert main(["bench", "dnd"]) == 0
+    assert found == {"sampling": rows, "repeats": 2, "batches": [3], "threads": 1}
+    page = tmp_path / "bench.md"
+    assert main(["bench", "dnd", "--output", str(page)]) == 0
     assert "torch eager" in capsys.readouterr().out
+    text = page.read_text()
+    assert text.startswith("# `jaxllm bench dnd`\n")
+    assert "| side | images/s |\n|---|---|\n| dnd | 12.5 |\n| torch eager | 3 |\n" in text
+    assert "* batches: 1, 4, 16" in text
 
 
 def test_tables_show_every_kind_of_value(capsys):
