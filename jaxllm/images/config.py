@@ -101,27 +101,27 @@ class CodeDataConfig:
     """Repeat images of rare classes so that every class is drawn equally often."""
 
 
-@dataclass(frozen=True)
-class CodeModelRun:
+@dataclass(frozen=True, kw_only=True)
+class CodeRun:
+    """What training any code model takes besides the model."""
+
+    data: CodeDataConfig = field(default_factory=CodeDataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    precision: Precision = "auto"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeModelRun(CodeRun):
     """Trains a DnD-Transformer (or its vertical, parallel or flat structure) on codes."""
 
     model: DnDConfig
-    data: CodeDataConfig = field(default_factory=CodeDataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    precision: Precision = "auto"
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
-@dataclass(frozen=True)
-class RQTransformerRun:
+@dataclass(frozen=True, kw_only=True)
+class RQTransformerRun(CodeRun):
     """Trains an RQ-Transformer on the same codes."""
 
     model: RQTransformerConfig
-    data: CodeDataConfig = field(default_factory=CodeDataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    precision: Precision = "auto"
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
