@@ -51,7 +51,7 @@ def get_config() -> WordsRun:
             optimizer=OptimizerConfig(
                 name="adam", learning_rate=2e-3, schedule="cosine", warmup_steps=20
             ),
-            loop=LoopConfig(steps=1200, log_every=50),
+            loop=LoopConfig(steps=1200, log_every=50, eval_every=300),
             kmeans_start=512,
         ),
         code_model=CodeModelRun(
@@ -64,9 +64,11 @@ def get_config() -> WordsRun:
                 layers=6,
                 heads=4,
                 dim=128,
+                mlp_hidden=352,
                 head_layers=(3, 5),
                 per_depth_embedding=True,
-                dropout=0.05,
+                dropout=0.0,
+                remat="dots",
             ),
             data=CodeDataConfig(batch_size=64, random_crop=False, balanced=False),
             optimizer=OptimizerConfig(
