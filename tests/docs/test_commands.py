@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def commands():
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words and words[0] in ("python", "jaxllm"):
                     yield pytest.param(words, id=f"{page.name}: {line[:60]}")
@@ -42,3 +42,12 @@ def test_links_and_named_files_exist(page):
         assert (page.parent / target).exists(), target
     for named in re.findall(r"`((?:tests|train|configs|docs)/[\w./]+?\.(?:py|md))`", text):
         assert (ROOT / named).exists(), named
+
+
+def test_the_tables_name_tests_that_exist():
+    rows = re.findall(
+        r"`(tests/\S+\.py)` \| `(test_\w+)` \|", (ROOT / "docs/images.md").read_text()
+    )
+    assert len(rows) > 10
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / file).read_text(), (file, name)
