@@ -2,10 +2,10 @@
 
     python train/demo.py configs/images/demo.py --workdir runs/demo
 
-Hardware: 2 CPU cores. Time: 4 min 42 s on a quiet Xeon. Metric: test NLL 488 nats per image, and a
-classifier finds the wanted class in 72 % of the samples, 79 % of real test images (docs/demo/report.md,
-one seed). Data: the 900 Fashion-MNIST images of the authors' sprite and 3,000 QuickDraw drawings; each
-class is cut 70/10/20 and drawn equally often.
+Hardware: 2 CPU cores. Time: 4 min 42 s on a quiet Xeon. Metric: test NLL 488 nats per image; a
+classifier finds the wanted class in 72 % of the samples and in 79 % of real test images
+(docs/demo/report.md, one seed). Data: the 900 Fashion-MNIST images of the authors' sprite and 3,000
+QuickDraw drawings; each class is cut 70/10/20 and drawn equally often.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def get_config() -> DemoRun:
                 mlp_hidden=352,
                 head_layers=(3, 5),
                 per_depth_embedding=True,
-                # In 1000 steps dropout 0.1 costs 30 nats of validation NLL; far longer runs need it.
+                # In 1000 steps dropout 0.1 costs 30 nats of validation NLL; longer runs need it.
                 dropout=0.0,
                 # On a CPU fresh memory costs more than the sums that fill it.
                 remat="dots",
