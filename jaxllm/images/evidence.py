@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def likelihoods(run: EvidenceRun, depth: int, patches: Any) -> list[dict[str, An
     codebook = np.asarray(quantizer.codebook(*fitted))
     rows = []
     for name, config in structures(run, depth).items():
-        runs = [_train(run, config, codes, codebook, seed) for seed in run.seeds]
+        runs = [*map(_trial(run, config, codes, codebook), run.seeds)]
         nll = [r["nll"] for r in runs]
         rows.append(
             {
@@ -190,44 +190,49 @@ def likelihoods(run: EvidenceRun, depth: int, patches: Any) -> list[dict[str, An
     return rows
 
 
-def _train(
-    run: EvidenceRun, config: CodeModelConfig, codes: Any, codebook: np.ndarray, seed: int
-) -> dict[str, Any]:
+def _trial(
+    run: EvidenceRun, config: CodeModelConfig, codes: Any, codebook: np.ndarray
+) -> Callable[[int], dict[str, Any]]:
+    """Returns a function that trains, scores and times one model from a seed; compiled once."""
     blueprint = code_model(config)
     settings = OptimizerConfig(
         learning_rate=run.learning_rate, schedule="cosine", warmup_steps=20, weight_decay=0.05
     )
     optimizer = make_optimizer(settings, run.steps)
-    params, extra = blueprint.init(jax.random.key(seed))
-    if extra:
-        extra = {"codebook": codebook}
-    # The step takes its state's arrays for good; `extra` is needed again for scoring.
-    state = new_state(params, optimizer, ema=False, extra=jax.tree.map(jnp.array, extra))
     step = jax.jit(make_step(code_loss, blueprint.build, optimizer, settings), donate_argnums=0)
-    scorer = CodeScorer(blueprint.build)
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    best: dict[str, Any] = {"validation": np.inf}
-    for number in range(1, run.steps + 1):
-        rows = rng.integers(0, len(codes["train"]["label"]), run.batch_size)
-        batch = {name: jnp.asarray(value[rows]) for name, value in codes["train"].items()}
-        state, _ = step(state, batch, key)
-        if number % run.eval_every == 0:
-            value = scorer.summary(state.params, extra, codes["validation"])["nll"]
-            if value < best["validation"]:
-                kept = jax.tree.map(jnp.array, state.params)
-                best = {"validation": value, "step": number, "params": kept}
-    test = scorer.summary(best["params"], extra, codes["test"])
-    return {
-        "nll": test["nll"],
-        "by_depth": [test[f"nll_depth{i + 1}"] for i in range(config.depth)],
-        "step": best["step"],
-        "images_per_second": _speed(blueprint.build, best["params"], extra, seed),
-    }
+    scorer, sampler = CodeScorer(blueprint.build), CodeSampler(blueprint.build)
+
+    def trial(seed: int) -> dict[str, Any]:
+        rng, key = np.random.default_rng(seed), jax.random.key(seed)
+        params, extra = blueprint.init(key)
+        if extra:
+            extra = {"codebook": codebook}
+        # The step takes its state's arrays for good; `extra` is needed again for scoring.
+        state = new_state(params, optimizer, ema=False, extra=jax.tree.map(jnp.array, extra))
+        best: dict[str, Any] = {"validation": np.inf}
+        for number in range(1, run.steps + 1):
+            rows = rng.integers(0, len(codes["train"]["label"]), run.batch_size)
+            batch = {name: jnp.asarray(value[rows]) for name, value in codes["train"].items()}
+            state, _ = step(state, batch, key)
+            if number % run.eval_every == 0:
+                value = scorer.summary(state.params, extra, codes["validation"])["nll"]
+                if value < best["validation"]:
+                    kept = jax.tree.map(jnp.array, state.params)
+                    best = {"validation": value, "step": number, "params": kept}
+        test = scorer.summary(best["params"], extra, codes["test"])
+        return {
+            "nll": test["nll"],
+            "by_depth": [test[f"nll_depth{i + 1}"] for i in range(config.depth)],
+            "step": best["step"],
+            "images_per_second": _speed(sampler, best["params"], extra, seed),
+        }
+
+    return trial
 
 
-def _speed(build: Any, params: Any, extra: Any, seed: int, batch: int = 64) -> float:
-    sampler, classes = CodeSampler(build), np.arange(batch) % 13
-    setting, seconds = SamplingConfig(cfg_scale=(1.0,)), []
+def _speed(sampler: CodeSampler, params: Any, extra: Any, seed: int, batch: int = 64) -> float:
+    """Median images per second of five batches, compilation apart."""
+    setting, seconds, classes = SamplingConfig(cfg_scale=(1.0,)), [], np.arange(batch) % 13
     for repeat in range(6):
         start = time.perf_counter()
         key = jax.random.key(100 * seed + repeat)
