@@ -110,11 +110,11 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     from jaxllm.cli import commands
-    from jaxllm.cli.show import show
+    from jaxllm.cli.show import plain_json, show
 
     result = getattr(commands, options.function)(options)
     if options.json:
-        print(json.dumps(result, allow_nan=False))
+        print(json.dumps(plain_json(result), allow_nan=False))
     else:
         show(result)
     return 0

@@ -298,6 +298,15 @@ def test_tables_show_every_kind_of_value(capsys):
         assert text in printed
 
 
+def test_json_has_null_where_a_number_is_not_finite(capsys, monkeypatch):
+    import jaxllm.images.bench
+
+    rows = [{"side": "dnd", "ratio": float("nan"), "pair": (1.0, float("inf"))}]
+    monkeypatch.setattr(jaxllm.images.bench, "bench_dnd", lambda **options: {"sampling": rows})
+    found = output_of(capsys, "bench", "dnd")
+    assert found == {"sampling": [{"side": "dnd", "ratio": None, "pair": [1.0, None]}]}
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
