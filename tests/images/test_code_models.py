@@ -142,14 +142,14 @@ def source_of(codebook=None, **changes):
     ],
 )
 def test_codes_of_another_shape_are_refused(changes, message):
-    run = CodeModelRun(CASES["dnd"])
+    run = CodeModelRun(model=CASES["dnd"])
     check_codes(run, source_of())
     with pytest.raises(InputError, match=message):
         check_codes(run, source_of(**changes))
 
 
 def test_the_rq_transformer_needs_the_codebook():
-    run = RQTransformerRun(CASES["rq"])
+    run = RQTransformerRun(model=CASES["rq"])
     check_codes(run, source_of(codebook=np.zeros((3, 12, 5))))
     for codebook, shape in ((None, "None"), (np.zeros((3, 12, 4)), r"\(3, 12, 4\)")):
         with pytest.raises(InputError, match=f"codebook.npy is {shape}, expected"):

@@ -169,13 +169,14 @@ def test_an_interrupted_extraction_is_not_taken_for_whole(
     for path in cache.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(codes_module, "SHARD", 5)
-    inner = codes_module._in_shards
+    inner = codes_module._in_batches
 
-    def stops(*arguments):
-        yield next(inner(*arguments))
-        raise KeyboardInterrupt
+    def stops(source, start, batch_size):
+        if start:  # The first shard is written.
+            raise KeyboardInterrupt
+        yield from inner(source, start, batch_size)
 
-    monkeypatch.setattr(codes_module, "_in_shards", stops)
+    monkeypatch.setattr(codes_module, "_in_batches", stops)
     with pytest.raises(KeyboardInterrupt):
         extract(tokenizer, settings(folders), "train", folder, "ten")
     assert not (folder / "meta.json").exists()
