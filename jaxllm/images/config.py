@@ -102,7 +102,7 @@ class CodeDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeRun:
+class CodeTraining:
     """What training any code model takes besides the model."""
 
     data: CodeDataConfig = field(default_factory=CodeDataConfig)
@@ -114,14 +114,14 @@ class CodeRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeModelRun(CodeRun):
+class CodeModelRun(CodeTraining):
     """Trains a DnD-Transformer (or its vertical, parallel or flat structure) on codes."""
 
     model: DnDConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RQTransformerRun(CodeRun):
+class RQTransformerRun(CodeTraining):
     """Trains an RQ-Transformer on the same codes."""
 
     model: RQTransformerConfig
