@@ -25,18 +25,24 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
+        if line.strip():
+            rows.append(parse_record(line, f"{path}:{number}"))
     if not rows:
         raise InputError(f"{path}: holds no records")
     return rows
+
+
+def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
+    """Returns the JSON object of one line, or raises InputError that begins with `where`."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text at byte {error.start} of the line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
 
 
 def check_target(path: Path) -> None:
