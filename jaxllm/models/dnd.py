@@ -28,10 +28,10 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.errors import InputError
-from jaxllm.nn.attention import attend
+from jaxllm.nn.attention import AttentionConfig, attend
 from jaxllm.nn.block import Block
 from jaxllm.nn.dropout import dropout
-from jaxllm.nn.mlp import swiglu_hidden
+from jaxllm.nn.mlp import MlpConfig, swiglu_hidden
 from jaxllm.nn.norm import rms_norm
 from jaxllm.nn.rope import RotaryTable, grid_coordinates, rotary_table
 from jaxllm.nn.stack import Remat, scan_layers, slice_layers, stack_layers, take_layer
@@ -179,9 +179,8 @@ class DnDTransformer(nnx.Module):
         self.layers = stack_layers(
             lambda rngs: Block(
                 dim,
-                config.heads,
-                config.kv_heads or config.heads,
-                config.mlp_hidden or swiglu_hidden(dim),
+                AttentionConfig(config.heads, config.kv_heads or config.heads, dim // config.heads),
+                MlpConfig(config.mlp_hidden or swiglu_hidden(dim)),
                 std=std,
                 dropout_rate=config.dropout,
                 rngs=rngs,

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.errors import InputError
-from jaxllm.nn.attention import attend
+from jaxllm.nn.attention import AttentionConfig, attend
 from jaxllm.nn.block import Block
 from jaxllm.nn.dropout import dropout
-from jaxllm.nn.mlp import swiglu_hidden
+from jaxllm.nn.mlp import MlpConfig, swiglu_hidden
 from jaxllm.nn.module import Buffer
 from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.stack import Remat, scan_layers, stack_layers, take_layer
@@ -90,9 +90,8 @@ class RQTransformer(nnx.Module):
             return stack_layers(
                 lambda rngs: Block(
                     dim,
-                    config.heads,
-                    config.heads,
-                    config.mlp_hidden or swiglu_hidden(dim),
+                    AttentionConfig(config.heads, config.heads, dim // config.heads),
+                    MlpConfig(config.mlp_hidden or swiglu_hidden(dim)),
                     dropout_rate=config.dropout,
                     rngs=rngs,
                 ),

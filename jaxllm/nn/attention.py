@@ -1,7 +1,8 @@
 """Attention: one function, with the implementation chosen by backend and by whether it fits.
 
-`attend` never builds a dense mask: causality is a comparison of positions that the compiler
-fuses into the softmax, or a flag of the fused kernel (cuDNN on GPU, Pallas splash on TPU).
+`attend` never builds a dense mask: causality, windows and segments are comparisons that the
+compiler fuses into the softmax, or arguments of the fused kernel (cuDNN on GPU, Pallas splash on
+TPU).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from flax import nnx
 
 from jaxllm.errors import InputError
 from jaxllm.nn.linear import project
+from jaxllm.nn.norm import NormConfig, make_norm
 from jaxllm.nn.rope import RotaryTable, apply_rotary
 from jaxllm.parallel.mesh import target_platform
 from jaxllm.parallel.sharding import activation_spec
@@ -34,6 +37,9 @@ def attend(
     *,
     causal: bool = False,
     key_length: jax.Array | int | None = None,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads.
@@ -44,66 +50,90 @@ def attend(
       v: [B, S, K, H] values.
       causal: Query t sees keys up to t + S - T.
       key_length: Only the first `key_length` keys exist, a scalar or [B]; None means all.
+      segment_ids: int [B, T] with T = S; a query sees only keys of its own segment.
+      window: Causal only: a query sees its own key and the `window - 1` keys before it.
+      soft_cap: Scores s become c tanh(s / c) before the mask (Gemma 2, arXiv:2408.00118).
       implementation: `auto` takes cuDNN on a GPU in half precision, splash on a TPU when T = S is a
-        multiple of 128, XLA otherwise.
+        multiple of 128, each where it can express the mask, XLA otherwise.
 
     Returns:
       [B, T, N, H] in the dtype of `q`; softmax in float32.
 
     Raises:
-      InputError: If an implementation is asked for by name that cannot compute this mask.
+      InputError: A window without `causal`, segments of another length than the keys, or an
+        implementation asked for by name that cannot compute this mask.
     """
-    given = key_length is not None
-    chosen = _choose(q, k, causal, given) if implementation == "auto" else implementation
-    if not _can(chosen, q, k, causal, given):
+    if window is not None and (window < 1 or not causal):
+        raise InputError(f"attention window {window} must be at least 1 and causal, not {causal=}")
+    if segment_ids is not None and not segment_ids.shape == (*q.shape[:2],) == k.shape[:2]:
         raise InputError(
-            f"{chosen} attention cannot take {q.shape[1]} queries, {k.shape[1]} keys, "
-            f"causal={causal}, key_length {'given' if given else 'None'}"
+            f"segment_ids {segment_ids.shape} must be [B, T] of {q.shape[1]} queries and as many "
+            f"keys, not {k.shape[1]}"
+        )
+    if window is not None and window >= k.shape[1]:
+        window = None
+    mask = _Mask(causal, key_length, segment_ids, window, soft_cap)
+    chosen = _choose(q, k, mask) if implementation == "auto" else implementation
+    if not _can(chosen, q, k, mask):
+        raise InputError(
+            f"{chosen} attention cannot take {q.shape[1]} queries, {k.shape[1]} keys, {mask}"
         )
     if chosen == "splash":
-        return _splash(q, k, v, causal=causal)
+        return _splash(
+            q, k, v, causal=causal, segment_ids=segment_ids, window=window, soft_cap=soft_cap
+        )
     if chosen == "cudnn":
         try:
-            return _cudnn(q, k, v, causal=causal, key_length=key_length)
+            return _cudnn(q, k, v, causal=causal, key_length=key_length, window=window)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             if implementation == "cudnn":
                 raise
             warnings.warn(f"cuDNN attention refused, using XLA: {error}", stacklevel=2)
-    return _xla(q, k, v, causal=causal, key_length=key_length)
+    return _xla(q, k, v, mask)
 
 
-def _choose(q: jax.Array, k: jax.Array, causal: bool, lengths: bool) -> Implementation:
+class _Mask(NamedTuple):
+    """What happens to the scores between the two products; the arguments of `attend`."""
+
+    causal: bool
+    key_length: jax.Array | int | None
+    segment_ids: jax.Array | None
+    window: int | None
+    soft_cap: float | None
+
+    def __str__(self) -> str:
+        arrays = (("key_length", self.key_length), ("segment_ids", self.segment_ids))
+        given = ", ".join(f"{name} {'None' if x is None else 'given'}" for name, x in arrays)
+        return f"causal={self.causal}, window={self.window}, soft_cap={self.soft_cap}, {given}"
+
+
+def _choose(q: jax.Array, k: jax.Array, mask: _Mask) -> Implementation:
     """The fused kernel of the platform where the shapes and dtype fit it, else XLA."""
     platform = target_platform()
     if platform == "gpu":
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        return "cudnn" if fits and _can("cudnn", q, k, causal, lengths) else "xla"
-    if platform == "tpu" and _can("splash", q, k, causal, lengths):
+        return "cudnn" if fits and _can("cudnn", q, k, mask) else "xla"
+    if platform == "tpu" and _can("splash", q, k, mask):
         return "splash"
     return "xla"
 
 
-def _can(
-    implementation: Implementation, q: jax.Array, k: jax.Array, causal: bool, lengths: bool
-) -> bool:
+def _can(implementation: Implementation, q: jax.Array, k: jax.Array, mask: _Mask) -> bool:
     """Whether an implementation computes this mask at all."""
     square = q.shape[1] == k.shape[1]
-    if implementation == "cudnn":  # Its causal mask starts at the first key, not at the last.
-        return square or not causal
+    if implementation == "cudnn":
+        if mask.segment_ids is not None or mask.soft_cap is not None:
+            return False
+        if mask.window is not None and mask.key_length is not None:
+            return False
+        return square or not mask.causal  # Its causal mask starts at the first key, not the last.
     if implementation == "splash":
-        return square and q.shape[1] % _SPLASH_BLOCK == 0 and not lengths
+        return square and q.shape[1] % _SPLASH_BLOCK == 0 and mask.key_length is None
     return True
 
 
-def _xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    causal: bool,
-    key_length: jax.Array | int | None,
-) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask) -> jax.Array:
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     # Heads before time: both products are then plain batched matrix products.
@@ -112,14 +142,22 @@ def _xla(
     scores = jnp.einsum(
         "bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
     ) * (dim**-0.5)
+    if mask.soft_cap is not None:
+        scores = mask.soft_cap * jnp.tanh(scores / mask.soft_cap)
     key_position = jnp.arange(keys)
-    if causal:
+    if mask.causal:
         query_position = jnp.arange(queries)[:, None] + (keys - queries)
-        scores = jnp.where(key_position <= query_position, scores, -jnp.inf)
-    if key_length is not None:
-        lengths = jnp.broadcast_to(jnp.asarray(key_length), (batch,))
+        seen = key_position <= query_position
+        if mask.window is not None:
+            seen &= query_position - key_position < mask.window
+        scores = jnp.where(seen, scores, -jnp.inf)
+    if mask.key_length is not None:
+        lengths = jnp.broadcast_to(jnp.asarray(mask.key_length), (batch,))
         exists = key_position < lengths[:, None]
         scores = jnp.where(exists[:, None, None, None, :], scores, -jnp.inf)
+    if mask.segment_ids is not None:
+        same = mask.segment_ids[:, :, None] == mask.segment_ids[:, None, :]
+        scores = jnp.where(same[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
@@ -132,29 +170,56 @@ def _cudnn(
     *,
     causal: bool,
     key_length: jax.Array | int | None,
+    window: int | None,
 ) -> jax.Array:
     lengths = None
     if key_length is not None:
         lengths = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), (q.shape[0],))
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+        q,
+        k,
+        v,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
     )
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    local = functools.partial(_splash_local, causal=causal, interpret=interpret)
+    local = functools.partial(
+        _splash_local, causal=causal, window=window, soft_cap=soft_cap, interpret=interpret
+    )
+    args = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q, k, v)
+        return local(*args)
     # The compiler cannot partition a kernel: each device runs it on its own examples and heads.
     spec = activation_spec(mesh, k.shape, ("batch", None, "heads", None))
-    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    specs = (spec,) * 3 + (jax.sharding.PartitionSpec(spec[0]),) * (len(args) - 3)
+    return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(*args)
 
 
 def _splash_local(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    interpret: bool,
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -163,33 +228,87 @@ def _splash_local(
 
     length, heads, dim = q.shape[1:]
     shape = (length, length)
-    mask = (
-        splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
-    )
+    mask: splash_attention_mask.Mask = splash_attention_mask.FullMask(shape)
+    if window is not None:
+        mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
+    elif causal:
+        mask = splash_attention_mask.CausalMask(shape)
     kernel = splash_attention_kernel.make_splash_mha_single_device(
-        mask=splash_attention_mask.MultiHeadMask([mask] * heads), interpret=interpret
+        mask=splash_attention_mask.MultiHeadMask([mask] * heads),
+        attn_logits_soft_cap=soft_cap,
+        interpret=interpret,
     )
     groups = heads // k.shape[2]
     expand = functools.partial(jnp.repeat, repeats=groups, axis=2)
     k, v = (expand(x).transpose(0, 2, 1, 3) for x in (k, v))
     scaled = (q * dim**-0.5).transpose(0, 2, 1, 3)
-    return jax.vmap(kernel)(scaled, k, v).transpose(0, 2, 1, 3).astype(q.dtype)
+    if segment_ids is None:
+        out = jax.vmap(kernel)(scaled, k, v)
+    else:
+        both = splash_attention_kernel.SegmentIds(q=segment_ids, kv=segment_ids)
+        out = jax.vmap(kernel)(scaled, k, v, both)
+    return out.transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Heads of an attention layer and what its projections carry."""
+
+    heads: int
+    """Query heads, N."""
+    kv_heads: int
+    """Key/value heads, K."""
+    head_dim: int
+    """Dims of one head, H."""
+    bias: bool = False
+    """Biases of queries, keys and values."""
+    out_bias: bool = False
+    """Bias of the output projection."""
+    qk_norm: bool = False
+    """Normalise each query and key over H before the rotation, as Qwen3 does."""
+    scale: float | None = None
+    """Factor of the scores; None for 1/sqrt(H)."""
+    soft_cap: float | None = None
+    """`attend`'s; the layer leaves it to the function that it is given."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise InputError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        for name in ("scale", "soft_cap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"attention {name} {getattr(self, name)} must be positive")
 
 
 class SelfAttention(nnx.Module):
-    """Projections around attention: one fused bias-free qkv kernel and an output kernel.
+    """Projections around attention: one fused qkv kernel and an output kernel.
 
     `qkv` is [D, K, G + 2, H]: for each key/value head its G query heads, its key and its value, so
     that splitting the heads over devices keeps what belongs together on one of them.
     """
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, std: float, rngs: nnx.Rngs
+        self,
+        dim: int,
+        config: AttentionConfig,
+        norm: NormConfig | None = None,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
     ):
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.config = config
+        heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         shape = (dim, kv_heads, heads // kv_heads + 2, head_dim)
         self.qkv = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.out = nnx.Param(std * jax.random.normal(rngs.params(), (heads, head_dim, dim)))
+        if config.bias:
+            self.qkv_bias = nnx.Param(jnp.zeros(shape[1:]))
+        if config.out_bias:
+            self.out_bias = nnx.Param(jnp.zeros((dim,)))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (make_norm(head_dim, norm or NormConfig()) for _ in "qk")
 
     def __call__(self, x: jax.Array, rotary: RotaryTable | None, attention: AttendFn) -> jax.Array:
         """Returns the attention output [B, T, D] of `x` [B, T, D].
@@ -197,13 +316,21 @@ class SelfAttention(nnx.Module):
         Args:
           x: Normalised activations.
           rotary: Table rows of the T positions, or None for no rotation.
-          attention: What to do with q [B, T, N, H] and k, v [B, T, K, H]; a decode step passes a
-            function that appends to a cache, training passes `attend` with `causal=True`.
+          attention: What to do with q [B, T, N, H] and k, v [B, T, K, H], scaling by 1/sqrt(H); a
+            decode step passes a function that appends to a cache, training passes `attend` with
+            `causal=True`.
         """
+        config = self.config
         qkv = project(x, self.qkv[...])
-        q = qkv[..., :-2, :].reshape(*x.shape[:2], self.heads, self.head_dim)
+        if config.bias:
+            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
+        q = qkv[..., :-2, :].reshape(*x.shape[:2], config.heads, config.head_dim)
         k, v = qkv[..., -2, :], qkv[..., -1, :]
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        mixed = attention(q, k, v)
-        return project(mixed, self.out[...], inputs=2)
+        if config.scale is not None:
+            q = q * (config.scale * config.head_dim**0.5)
+        y = project(attention(q, k, v), self.out[...], inputs=2)
+        return y + self.out_bias[...].astype(x.dtype) if config.out_bias else y

@@ -1,36 +1,45 @@
-"""The pre-norm transformer block shared by the code models."""
+"""The pre-norm transformer block shared by the code models and the decoder language models."""
 
 from __future__ import annotations
 
 import jax
 from flax import nnx
 
-from jaxllm.nn.attention import AttendFn, SelfAttention
+from jaxllm.nn.attention import AttendFn, AttentionConfig, SelfAttention
 from jaxllm.nn.dropout import dropout
-from jaxllm.nn.mlp import SwiGLU
-from jaxllm.nn.norm import RMSNorm
+from jaxllm.nn.mlp import Mlp, MlpConfig
+from jaxllm.nn.norm import NormConfig, make_norm
 from jaxllm.nn.rope import RotaryTable
 
 
 class Block(nnx.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)), LLaMA style."""
+    """x + attn(norm(x)), then x + mlp(norm(x)), LLaMA style by default.
+
+    `parallel` feeds both halves from the same x (GPT-NeoX, arXiv:2204.06745); `post_norms` also
+    normalises what each half adds (Gemma 2, arXiv:2408.00118).
+    """
 
     def __init__(
         self,
         dim: int,
-        heads: int,
-        kv_heads: int,
-        hidden: int,
+        attention: AttentionConfig,
+        mlp: MlpConfig,
+        norm: NormConfig | None = None,
         *,
+        parallel: bool = False,
+        post_norms: bool = False,
         std: float = 0.02,
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        self.attn_norm = RMSNorm(dim)
-        self.attn = SelfAttention(dim, heads, kv_heads, dim // heads, std=std, rngs=rngs)
-        self.mlp_norm = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, hidden, std=std, rngs=rngs)
-        self.dropout_rate = dropout_rate
+        norm = norm or NormConfig()
+        self.attn_norm = make_norm(dim, norm)
+        self.attn = SelfAttention(dim, attention, norm, std=std, rngs=rngs)
+        self.mlp_norm = make_norm(dim, norm)
+        self.mlp = Mlp(dim, mlp, std=std, rngs=rngs)
+        if post_norms:
+            self.attn_post_norm, self.mlp_post_norm = make_norm(dim, norm), make_norm(dim, norm)
+        self.parallel, self.post_norms, self.dropout_rate = parallel, post_norms, dropout_rate
 
     def __call__(
         self,
@@ -43,7 +52,11 @@ class Block(nnx.Module):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
             mixed = self.attn(self.attn_norm(x), rotary, attention)
-        x = x + dropout(mixed, self.dropout_rate, attn_key)
+            if self.post_norms:
+                mixed = self.attn_post_norm(mixed)
+        after = x + dropout(mixed, self.dropout_rate, attn_key)
         with jax.named_scope("mlp"):
-            transformed = self.mlp(self.mlp_norm(x))
-        return x + dropout(transformed, self.dropout_rate, mlp_key)
+            transformed = self.mlp(self.mlp_norm(x if self.parallel else after))
+            if self.post_norms:
+                transformed = self.mlp_post_norm(transformed)
+        return after + dropout(transformed, self.dropout_rate, mlp_key)

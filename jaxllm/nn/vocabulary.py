@@ -11,15 +11,19 @@ import jax
 import jax.numpy as jnp
 
 
-def vocabulary_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+def vocabulary_logits(
+    hidden: jax.Array, kernel: jax.Array, soft_cap: float | None = None
+) -> jax.Array:
     """Returns logits float32 [..., V] of `hidden` [..., D] and `kernel` [D, V].
 
     The product runs in the dtype of `hidden` and is accumulated and kept in float32: rounding
-    logits to bfloat16 would move a log-probability by up to 0.03 at a logit of 8.
+    logits to bfloat16 would move a log-probability by up to 0.03 at a logit of 8. With `soft_cap` c
+    they are c tanh(logits / c) (Gemma 2, arXiv:2408.00118).
     """
-    return jnp.einsum(
+    logits = jnp.einsum(
         "...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 def token_log_probs(
@@ -28,6 +32,7 @@ def token_log_probs(
     targets: jax.Array,
     *,
     bias: jax.Array | None = None,
+    soft_cap: float | None = None,
     chunk: int = 1024,
     with_accuracy: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -39,6 +44,7 @@ def token_log_probs(
       targets: int [...] token ids; ids outside [0, V) give the log-probability of a clamped id,
         so callers mask them.
       bias: [V] or None.
+      soft_cap: As in `vocabulary_logits`.
       chunk: Tokens whose logits exist at the same time.
       with_accuracy: Also return whether each target is the most likely token, bool [...].
     """
@@ -51,7 +57,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def one_chunk(part: jax.Array, part_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = vocabulary_logits(part, kernel)
+        logits = vocabulary_logits(part, kernel, soft_cap)
         if bias is not None:
             logits = logits + bias
         inside = jnp.clip(part_ids, 0, logits.shape[-1] - 1)  # A negative index would wrap.

@@ -21,19 +21,26 @@ def qkv(queries, keys, heads, kv_heads, dim=8, batch=2, dtype=jnp.float32):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def by_loops(q, k, v, *, causal, lengths):
+def by_loops(q, k, v, *, causal, lengths=None, segments=None, window=None, soft_cap=None):
     """One query of one head of one example at a time, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     batch, queries, heads, dim = q.shape
     for b, t, n in np.ndindex(batch, queries, heads):
-        seen = min(lengths[b], k.shape[1])
-        if causal:
-            seen = min(seen, t + k.shape[1] - queries + 1)
+        position = t + k.shape[1] - queries
+        seen = [
+            s
+            for s in range(k.shape[1] if lengths is None else lengths[b])
+            if (not causal or s <= position)
+            and (window is None or s > position - window)
+            and (segments is None or segments[b][s] == segments[b][t])
+        ]
         group = n // (heads // k.shape[2])
-        scores = k[b, :seen, group] @ q[b, t, n] / np.sqrt(dim)
+        scores = k[b, seen, group] @ q[b, t, n] / np.sqrt(dim)
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
         weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights @ v[b, :seen, group] / weights.sum()
+        out[b, t, n] = weights @ v[b, seen, group] / weights.sum()
     return out
 
 
@@ -55,6 +62,27 @@ def test_xla_equals_loops(ratio, queries, keys, causal, key_length):
     lengths = np.broadcast_to(keys if key_length is None else np.asarray(key_length), 2)
     expected = by_loops(q, k, v, causal=causal, lengths=lengths)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [-1, -1, 0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("queries", "case"),
+    [
+        (7, dict(window=3)),
+        (3, dict(window=4)),
+        (7, dict(window=1, soft_cap=0.5)),
+        (7, dict(segments=SEGMENTS)),
+        (7, dict(segments=SEGMENTS, causal=False)),
+        (7, dict(segments=SEGMENTS, window=2, soft_cap=2.0)),
+    ],
+)
+def test_windows_segments_and_soft_caps_equal_loops(queries, case):
+    q, k, v = qkv(queries, 7, 4, 2)
+    case = dict(causal=True) | case
+    given = {"segment_ids" if name == "segments" else name: x for name, x in case.items()}
+    np.testing.assert_allclose(attend(q, k, v, **given), by_loops(q, k, v, **case), atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -99,6 +127,19 @@ def test_splash_equals_xla(causal, heads, kv_heads, dim, length):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "case", [dict(window=40), dict(soft_cap=0.7), dict(segment_ids=True, window=100)]
+)
+def test_splash_masks_equal_xla(case):
+    if "segment_ids" in case:
+        ids = np.repeat([[3, 1, 2, 0], [1, 1, 1, 1]], 64, axis=1)
+        case = case | dict(segment_ids=jnp.asarray(ids))
+    q, k, v = qkv(256, 256, 2, 1, 64, batch=2)
+    found = attention._splash(q, k, v, causal=True, interpret=True, **case)
+    expected = attend(q, k, v, causal=True, implementation="xla", **case)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_splash_gradients_equal_xla():
     args = qkv(128, 128, 2, 1, 64, batch=1)
 
@@ -113,9 +154,11 @@ def test_splash_gradients_equal_xla():
 
 def test_splash_runs_on_each_devices_own_examples_and_heads():
     q, k, v = qkv(128, 128, 4, 2, 64, batch=4)
-    expected = attend(q, k, v, causal=True)
+    ids = jnp.asarray(np.repeat(np.arange(8).reshape(4, 2), 64, axis=1))
+    expected = attend(q, k, v, causal=True, segment_ids=ids)
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
-        found = jax.jit(partial(attention._splash, causal=True, interpret=True))(q, k, v)
+        splash = partial(attention._splash, causal=True, interpret=True)
+        found = jax.jit(splash)(q, k, v, segment_ids=ids)
     assert found.addressable_shards[0].data.shape == (1, 128, 2, 64)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -145,6 +188,8 @@ def chosen(backend, monkeypatch, queries=256, keys=256, dim=64, dtype=jnp.bfloat
         ("tpu", dict(queries=1, keys=128, causal=True), "xla"),
         ("tpu", dict(key_length=100), "xla"),
         ("tpu", dict(implementation="xla"), "xla"),
+        ("tpu", dict(causal=True, window=64, soft_cap=5.0), "splash"),
+        ("tpu", dict(causal=True, segment_ids=np.zeros((2, 256))), "splash"),
         ("gpu", dict(), "cudnn"),
         ("gpu", dict(causal=True, dtype=jnp.float16), "cudnn"),
         ("gpu", dict(key_length=100), "cudnn"),
@@ -153,6 +198,11 @@ def chosen(backend, monkeypatch, queries=256, keys=256, dim=64, dtype=jnp.bfloat
         ("gpu", dict(dtype=jnp.float32), "xla"),
         ("gpu", dict(dim=256), "xla"),
         ("gpu", dict(dim=60), "xla"),
+        ("gpu", dict(causal=True, window=64), "cudnn"),
+        ("gpu", dict(causal=True, window=64, key_length=100), "xla"),
+        ("gpu", dict(causal=True, window=256, key_length=100), "cudnn"),
+        ("gpu", dict(causal=True, soft_cap=5.0), "xla"),
+        ("gpu", dict(causal=True, segment_ids=np.zeros((2, 256))), "xla"),
     ],
 )
 def test_the_implementation_fits_backend_dtype_and_mask(backend, case, expected, monkeypatch):
@@ -166,11 +216,34 @@ def test_the_implementation_fits_backend_dtype_and_mask(backend, case, expected,
         ("splash", dict(key_length=3)),
         ("splash", dict(queries=128)),
         ("cudnn", dict(queries=128, causal=True)),
+        ("cudnn", dict(soft_cap=1.0)),
+        ("cudnn", dict(segment_ids=np.zeros((2, 256)))),
     ],
 )
 def test_what_a_named_implementation_cannot_mask_is_refused(implementation, case, monkeypatch):
     with pytest.raises(InputError, match=f"{implementation} attention cannot take"):
         chosen("cpu", monkeypatch, implementation=implementation, **case)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (dict(window=2), "window 2 must be at least 1 and causal, not causal=False"),
+        (dict(window=0, causal=True), "window 0 must be at least 1"),
+        (dict(segment_ids=np.zeros((2, 7))), r"segment_ids \(2, 7\) must be \[B, T\] of 4 queries"),
+    ],
+)
+def test_impossible_masks_are_refused(case, message):
+    with pytest.raises(InputError, match=message):
+        attend(*qkv(4, 7, 2, 2), **case)
+
+
+def test_cudnn_is_given_its_window(monkeypatch):
+    """cuDNN counts the keys to the left of a query's own."""
+    given = {}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kw: given.update(kw))
+    attend(*qkv(8, 8, 2, 2), causal=True, window=3, implementation="cudnn")
+    assert given["local_window_size"] == (2, 0) and given["is_causal"]
 
 
 def test_a_refusing_cudnn_falls_back_with_a_warning(monkeypatch):

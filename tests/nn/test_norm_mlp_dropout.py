@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm.errors import InputError
 from jaxllm.nn.dropout import dropout
-from jaxllm.nn.mlp import SwiGLU, swiglu_hidden
-from jaxllm.nn.norm import GroupNorm, RMSNorm
+from jaxllm.nn.mlp import Mlp, MlpConfig, swiglu_hidden
+from jaxllm.nn.norm import GroupNorm, LayerNorm, NormConfig, RMSNorm, make_norm
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -39,6 +40,43 @@ def test_rms_norm_is_float32_inside():
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
 
 
+def test_rms_norm_with_unit_offset():
+    layer = make_norm(6, NormConfig(eps=1e-6, unit_offset=True))
+    np.testing.assert_array_equal(layer.scale[...], 0.0)
+    x, offset = random(3, 6), random(6, seed=1)
+    layer.scale[...] = jnp.asarray(offset)
+    plain = RMSNorm(6, eps=1e-6)
+    plain.scale[...] = jnp.asarray(1 + offset)
+    np.testing.assert_allclose(layer(x), plain(x), rtol=1e-6)
+
+
+def test_layer_norm():
+    layer = make_norm(6, NormConfig("layer"))
+    assert isinstance(layer, LayerNorm)
+    layer.scale[...], layer.bias[...] = jnp.arange(6.0), -jnp.arange(6.0)
+    x = random(2, 3, 6, scale=2.0) + 7.0
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) * np.arange(6) - np.arange(6)
+    np.testing.assert_allclose(layer(x), expected, atol=1e-4)
+    assert layer(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NormConfig("batch"), "norm kind 'batch' is not one of"),
+        (lambda: NormConfig(eps=0.0), "norm eps 0.0 must be positive"),
+        (lambda: NormConfig("layer", unit_offset=True), "unit_offset is for norm kind 'rms'"),
+        (lambda: MlpConfig(0), "hidden 0 must be at least 1"),
+        (lambda: MlpConfig(4, "tanh"), "activation 'tanh' is not one of"),
+    ],
+)
+def test_settings_that_make_no_sense(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
 def test_group_norm():
     x = random(2, 3, 4, 6, scale=2.0) + 7.0
     layer = GroupNorm(6, groups=3)
@@ -56,11 +94,28 @@ def test_group_norm():
 
 
 def test_swiglu():
-    layer = SwiGLU(4, 6, std=0.5, rngs=nnx.Rngs(params=jax.random.key(0)))
+    layer = Mlp(4, MlpConfig(6), std=0.5, rngs=nnx.Rngs(params=jax.random.key(0)))
     x = random(3, 4)
     gate, up, down = (np.asarray(p[...], np.float64) for p in (layer.gate, layer.up, layer.down))
     a = x @ gate
     np.testing.assert_allclose(layer(x), (a / (1 + np.exp(-a)) * (x @ up)) @ down, atol=1e-5)
+
+
+@pytest.mark.parametrize(("activation", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920)])
+def test_a_plain_mlp_with_biases(activation, at_one):
+    config = MlpConfig(6, activation, gated=False, bias=True)
+    layer = Mlp(4, config, std=0.5, rngs=nnx.Rngs(params=jax.random.key(0)))
+    layer.up_bias[...], layer.down_bias[...] = jnp.arange(6.0) / 6, jnp.arange(4.0)
+    x = random(3, 4)
+    up, down = (np.asarray(p[...], np.float64) for p in (layer.up, layer.down))
+    a = jax.nn.gelu(jnp.asarray(x @ up + np.arange(6) / 6), approximate=activation == "gelu_tanh")
+    np.testing.assert_allclose(layer(x), a @ down + np.arange(4), atol=1e-5)
+    # One input, one unit of weight one: the activation itself.
+    one = Mlp(
+        1, MlpConfig(1, activation, gated=False), std=0.5, rngs=nnx.Rngs(params=jax.random.key(0))
+    )
+    one.up[...] = one.down[...] = jnp.ones((1, 1))
+    np.testing.assert_allclose(one(jnp.ones((1, 1))), [[at_one]], atol=1e-6)
 
 
 def test_swiglu_hidden_of_the_released_sizes():

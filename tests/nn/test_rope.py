@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from tiny_code_models import CASES, random_model
 
-from jaxllm.nn.rope import apply_rotary, grid_coordinates, rotary_table
+from jaxllm.errors import InputError
+from jaxllm.nn.rope import (
+    RopeConfig,
+    apply_rotary,
+    grid_coordinates,
+    rotary_frequencies,
+    rotary_rows,
+    rotary_table,
+)
 
 Q, K = jax.random.normal(jax.random.key(0), (2, 8))
 
@@ -99,3 +107,65 @@ def test_flat_repeats_the_coordinates_of_a_cell():
     expected = rotary_table(cells, 8)
     np.testing.assert_array_equal(cos[1:], expected[0])
     np.testing.assert_array_equal(sin[1:], expected[1])
+
+
+# -- positions of a language model ----------------------------------------------------------------
+
+
+def test_rows_of_positions_equal_the_table():
+    table = rotary_table(np.arange(50), 8)
+    positions = np.array([[3, 0, 49], [-1, 7, 8]])
+    rows = rotary_rows(jnp.asarray(positions), rotary_frequencies(RopeConfig(), 8))
+    for found, whole in zip(rows, table, strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found[0], whole[positions[0]], atol=2e-6)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 2, 8)), jnp.float32)
+    turned = apply_rotary(x, rows)
+    for b in range(2):
+        alone = apply_rotary(x[b : b + 1], tuple(part[b] for part in rows))
+        np.testing.assert_allclose(turned[b], alone[0], atol=1e-6)
+
+
+def test_a_fraction_of_the_dims_turns():
+    frequencies = rotary_frequencies(RopeConfig(fraction=0.5), 8)
+    np.testing.assert_allclose(frequencies, [1.0, 10000.0**-0.5])
+    x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+    turned = apply_rotary(x, rotary_rows(jnp.array([[1]]), frequencies)).ravel()
+    np.testing.assert_array_equal(turned[4:], [4.0, 5.0, 6.0, 7.0])
+    # The pair (0, 1) by one radian: (-sin 1, cos 1).
+    np.testing.assert_allclose(turned[:2], [-0.841471, 0.540302], atol=1e-6)
+
+
+def test_stretched_frequencies():
+    plain = rotary_frequencies(RopeConfig(), 128)
+    linear = rotary_frequencies(RopeConfig(scaling="linear", factor=4.0), 128)
+    np.testing.assert_allclose(linear, plain / 4)
+    llama = RopeConfig(base=500000.0, scaling="llama3", factor=8.0, original_positions=8192)
+    plain, found = (
+        rotary_frequencies(RopeConfig(base=500000.0), 128),
+        rotary_frequencies(llama, 128),
+    )
+    wavelengths = 2 * np.pi / plain
+    fast, slow = wavelengths < 2048, wavelengths > 8192
+    np.testing.assert_array_equal(found[fast], plain[fast])
+    np.testing.assert_allclose(found[slow], plain[slow] / 8)
+    between = ~fast & ~slow
+    assert fast.sum() == 29 and slow.sum() == 29 and between.sum() == 6
+    # Pair 30: wavelength 2 pi 500000^(30/64) = 2948.30, share (8192/2948.3 - 1) / 3 = 0.59285.
+    expected = plain[30] * (0.59285 + (1 - 0.59285) / 8)
+    np.testing.assert_allclose(found[30], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(scaling="yarn"), "rope scaling 'yarn' is not one of"),
+        (dict(fraction=0.0), r"rope fraction 0.0 is outside \(0, 1\]"),
+        (dict(base=-1.0), "rope base -1.0 and factor 1.0 must be positive"),
+        (dict(scaling="llama3", high_freq_factor=1.0), "low_freq_factor 1.0 must be below"),
+        (dict(fraction=0.4), "rotates 3 of 8 head dims, expected a positive even number"),
+    ],
+)
+def test_rope_settings_that_make_no_sense(settings, message):
+    with pytest.raises(InputError, match=message):
+        RopeConfig(**settings).dims(8)

@@ -117,3 +117,13 @@ def test_every_device_forms_the_logits_of_its_own_tokens():
         np.testing.assert_allclose(run(hidden, KERNEL, targets), expected, atol=1e-5)
     assert "all-gather" not in text
     assert f"f32[{32 // 8},{V}]" in text and f"f32[32,{V}]" not in text
+
+
+def test_soft_capped_logits():
+    capped = 0.5 * np.tanh(np.asarray(HIDDEN @ KERNEL, np.float64) / 0.5)
+    np.testing.assert_allclose(vocabulary_logits(HIDDEN, KERNEL, 0.5), capped, atol=1e-6)
+    expected = np.take_along_axis(
+        capped - np.log(np.exp(capped).sum(-1, keepdims=True)), np.asarray(TARGETS)[..., None], -1
+    )[..., 0]
+    found = token_log_probs(HIDDEN, KERNEL, TARGETS, soft_cap=0.5, chunk=4)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
