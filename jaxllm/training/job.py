@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxllm.data.pipeline import Batches
 from jaxllm.errors import InputError
@@ -70,6 +71,8 @@ class Job:
     batches: Batches
     rules: Rules
     """Path regex -> logical axes of each parameter."""
+    load: Callable[[Mesh], Any] | None = None
+    """mesh -> parameters that take the place of those of `init`, as for fine-tuning."""
     unit: str = "images"
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     sample: Callable[[TrainState, Path], None] | None = None

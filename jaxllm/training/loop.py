@@ -27,7 +27,7 @@ from jaxllm.training.job import Job
 from jaxllm.training.log import Clock, Profiler
 from jaxllm.training.run import NonFiniteError, Run
 from jaxllm.training.run_folder import open_run_folder, to_plain, versions
-from jaxllm.training.state import TrainState
+from jaxllm.training.state import TrainState, with_params
 from jaxllm.training.step import watched_names
 
 __all__ = ["NonFiniteError", "Result", "train"]
@@ -64,7 +64,7 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
     rows = rows_sharding(job, mesh)
 
     with jax.set_mesh(mesh):
-        # -- the state: the newest good checkpoint, else what the seed gives -------------------
+        # -- the state: the newest good checkpoint, else what the seed or the job gives ---------
         abstract = abstract_state(job, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         metadata = {"identity": to_plain(job.identity), "versions": versions()}
@@ -72,6 +72,8 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
         state = checkpoints.restore(abstract)
         if state is None:
             state = jax.jit(job.init, out_shardings=shardings)(jax.random.key(loop.seed))
+            if job.load is not None:
+                state = with_params(state, jax.device_put(job.load(mesh), shardings.params))
         step = start = int(state.step)
 
         # -- the compiled step ----------------------------------------------------------------

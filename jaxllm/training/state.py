@@ -6,6 +6,7 @@ follow an average, fixed tables); both are nested dicts of arrays, so every leaf
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -48,3 +49,9 @@ def new_state(
         extra={} if extra is None else extra,
         first_bad=jnp.full((2,), -1, jnp.int32),
     )
+
+
+def with_params(state: TrainState, params: Tree) -> TrainState:
+    """Returns a state before its first step with other parameters, and their average if kept."""
+    ema = None if state.ema is None else jax.tree.map(jnp.array, params)
+    return dataclasses.replace(state, params=params, ema=ema)

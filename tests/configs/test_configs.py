@@ -24,6 +24,7 @@ from jaxllm.images.runs import replace_in
 from jaxllm.images.tokenizer import tokenizer_blueprint
 from jaxllm.images.words import WordsRun
 from jaxllm.models.code_model import code_model
+from jaxllm.training.language_model import LanguageModelRun
 from jaxllm.training.run_folder import (
     first_difference,
     from_plain,
@@ -59,6 +60,7 @@ SCRIPTS = {
     ExtractRun: "extract_codes.py",
     DemoRun: "demo.py",
     WordsRun: "words.py",
+    LanguageModelRun: "lm.py",
 }
 
 
