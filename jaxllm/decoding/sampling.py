@@ -53,6 +53,15 @@ def _highest(logits: jax.Array, lowest: jax.Array, count: jax.Array | int) -> ja
     return above | (tied & (jnp.cumsum(tied, axis=-1) <= places))
 
 
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+    """Makes tokens that were `seen` (bool [B, V]) less likely: section 4.1 of arXiv:1909.05858.
+
+    Positive logits are divided by `penalty` and negative ones multiplied by it.
+    """
+    weaker = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, weaker, logits)
+
+
 def sample_token(
     uniforms: jax.Array,
     logits: jax.Array,
@@ -60,6 +69,7 @@ def sample_token(
     temperature: jax.Array | float = 1.0,
     top_k: int = 0,
     top_p: jax.Array | float = 1.0,
+    min_p: jax.Array | float = 0.0,
 ) -> jax.Array:
     """Draws one token per row.
 
@@ -70,6 +80,8 @@ def sample_token(
       temperature: Scalar, traced or not; 0 takes the most likely token, of equal ones the lowest.
       top_k: Static, 0 is off.
       top_p: Scalar in (0, 1].
+      min_p: Scalar in [0, 1]: of what is left, tokens less than this times as likely as the most
+        likely one are dropped (arXiv:2407.01082).
 
     Returns:
       int32 [B].
@@ -78,7 +90,8 @@ def sample_token(
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     # A temperature this low leaves mass on the largest logits only, and 0 picks the first of them.
     scaled = below / jnp.where(greedy, 1e-30, temperature)
-    masses = jnp.exp(filter_logits(scaled, top_k=top_k, top_p=top_p))
+    masses = jnp.exp(filter_logits(scaled, top_k=top_k, top_p=top_p))  # The largest is 1.
+    masses = jnp.where(masses >= min_p, masses, 0.0)
     return _pick(jnp.where(greedy, 0.0, uniforms), masses)
 
 

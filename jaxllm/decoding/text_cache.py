@@ -1,0 +1,367 @@
+"""The dense key/value cache of ragged, left-padded text, and the attention that reads any cache.
+
+Rows of a batch write the same slots; which slots a query sees is a comparison of the stored
+absolute positions, so padding (position -1), sliding windows and entries out of order need no mask
+of their own. Attention over several buffers is computed per buffer and merged by log-sum-exp
+(Milakov and Gimelshein, arXiv:1805.02867), never by concatenating the buffers.
+
+A layer of any cache is a pytree with one method:
+
+    extend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], positions [B,T]) -> (out [B,T,N,H], cache)
+
+Keys and queries are already rotated. A model with another scale than 1/sqrt(H) scales `q` before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxllm.errors import InputError
+from jaxllm.nn.attention import attend
+from jaxllm.parallel.mesh import target_platform
+from jaxllm.parallel.sharding import constrain
+
+_QUERY_CHUNK = 256
+"""Queries scored at once: a long prompt needs [B, N, 256, S] scores, not [B, N, T, S]."""
+_KERNEL_BLOCK = 128
+
+
+class Attention(NamedTuple):
+    """Normalised attention over one buffer, and what it takes to merge it with another's.
+
+    Attributes:
+      out: float32 [B, K, G, T, H]; 0 where a query sees nothing.
+      lse: float32 [B, K, G, T], log of the sum of exponentials; -inf where it sees nothing.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+
+
+def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+    """Returns queries [B, T, N, H] as [B, K, G, T, H]; query head n reads KV head n // G."""
+    batch, queries, _, dim = q.shape
+    return q.reshape(batch, queries, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+
+
+def ungrouped(out: jax.Array) -> jax.Array:
+    """Returns [B, K, G, T, H] as [B, T, N, H]."""
+    batch, kv_heads, groups, queries, dim = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * groups, dim)
+
+
+def visible(
+    query_positions: jax.Array, key_positions: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Marks what each query sees: keys not after it and, with a window, less than `window` before.
+
+    Args:
+      query_positions: int32 [B, T]; a negative one sees nothing.
+      key_positions: int32 [B, S], or [B, K, S] where heads hold different entries; -1 is empty.
+      window: Length of the sliding window, the query itself included; None is unlimited.
+
+    Returns:
+      bool [B, 1 or K, 1, T, S].
+    """
+    keys = key_positions if key_positions.ndim == 3 else key_positions[:, None]
+    keys, queries = keys[:, :, None, None, :], query_positions[:, None, None, :, None]
+    seen = (keys >= 0) & (keys <= queries)
+    return seen if window is None else seen & (keys > queries - window)
+
+
+def logits(q: jax.Array, keys: jax.Array, soft_cap: float | None = None) -> jax.Array:
+    """Returns float32 [B, K, G, T, S] scaled scores of q [B, K, G, T, H] on keys [B, K, S, H]."""
+    scores = jnp.einsum(
+        "bkgth,bksh->bkgts", q, keys.astype(q.dtype), preferred_element_type=jnp.float32
+    ) * (q.shape[-1] ** -0.5)
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def attend_buffer(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: jax.Array,
+    soft_cap: float | None = None,
+) -> Attention:
+    """Attends over one buffer; softmax in float32.
+
+    Args:
+      q: [B, K, G, T, H].
+      keys: [B, K, S, H].
+      values: [B, K, S, H].
+      seen: bool, broadcastable to [B, K, G, T, S].
+      soft_cap: Scores become `soft_cap * tanh(scores / soft_cap)`.
+    """
+    scores = jnp.where(seen, logits(q, keys, soft_cap), -jnp.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    # A padded query sees nothing: its weights must be 0, not NaN, or they spread to other rows.
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = weights.sum(axis=-1)
+    out = jnp.einsum(
+        "bkgts,bksh->bkgth",
+        weights.astype(q.dtype),
+        values.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return Attention(out / jnp.maximum(total, 1e-37)[..., None], top[..., 0] + jnp.log(total))
+
+
+def merge(a: Attention, b: Attention) -> Attention:
+    """Returns the attention over two disjoint buffers together."""
+    top = jnp.maximum(a.lse, b.lse)
+    shift = jnp.where(jnp.isfinite(top), top, 0.0)
+    parts = jnp.exp(a.lse - shift), jnp.exp(b.lse - shift)
+    total = parts[0] + parts[1]
+    share = (parts[0] / jnp.maximum(total, 1e-37))[..., None]
+    rest = (parts[1] / jnp.maximum(total, 1e-37))[..., None]
+    out = share * a.out + rest * b.out
+    return Attention(out, shift + jnp.log(total))
+
+
+def by_query_chunks(
+    attention: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Applies `attention(q [B,K,G,t,H], positions [B,t])` to at most 256 queries at a time."""
+    length = q.shape[3]
+    if length <= _QUERY_CHUNK:
+        return attention(q, positions)
+    chunks = -(-length // _QUERY_CHUNK)
+    pad = chunks * _QUERY_CHUNK - length
+    q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
+    positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1)
+    q = jnp.moveaxis(q.reshape(*q.shape[:3], chunks, _QUERY_CHUNK, q.shape[-1]), 3, 0)
+    positions = positions.reshape(-1, chunks, _QUERY_CHUNK).swapaxes(0, 1)
+    out = jnp.moveaxis(jax.lax.map(lambda part: attention(*part), (q, positions)), 0, 3)
+    return out.reshape(*out.shape[:3], -1, out.shape[-1])[..., :length, :]
+
+
+def attend_new(
+    general: Callable[[], jax.Array],
+    fill: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    *,
+    plain: bool,
+) -> jax.Array:
+    """Returns `general()`, or the same through a fused kernel when the cache was empty.
+
+    Args:
+      general: Attends over the cache, the new entries included; [B, T, N, H].
+      fill: int32 scalar, slots in use before the new entries.
+      q: [B, T, N, H], with k, v [B, T, K, H] and positions [B, T] the new entries.
+      k: New keys.
+      v: New values.
+      positions: Their positions.
+      plain: Whether attention has neither a sliding window nor a soft cap, which kernels lack.
+    """
+    platform = target_platform()
+    fused = platform == "tpu" or (platform == "gpu" and q.dtype.itemsize == 2)
+    if not (plain and fused and q.shape[1] >= _KERNEL_BLOCK):
+        return general()
+    return jax.lax.cond(fill == 0, lambda: attend_prompt(q, k, v, positions), general)
+
+
+def attend_prompt(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """Causal attention among left-padded rows that starts from an empty cache.
+
+    Rows are moved to the left, where causality alone hides the padding: the fused kernels then
+    need no mask, and T may be padded to a multiple of their block.
+
+    Args:
+      q: [B, T, N, H].
+      k: [B, T, K, H].
+      v: [B, T, K, H].
+      positions: int32 [B, T], -1 for the padding at the start of a row, then ascending.
+
+    Returns:
+      [B, T, N, H]; 0 for padding.
+    """
+    length = q.shape[1]
+    padded = -(-length // _KERNEL_BLOCK) * _KERNEL_BLOCK
+    pads = jnp.sum(positions < 0, axis=1, keepdims=True)
+
+    def moved(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.clip(index, 0, length - 1)[..., None, None], axis=1)
+
+    left = jnp.arange(padded) + pads
+    out = attend(moved(q, left), moved(k, left), moved(v, left), causal=True)
+    back = moved(out, jnp.arange(length) - pads)
+    return jnp.where((positions >= 0)[..., None, None], back, 0.0).astype(q.dtype)
+
+
+@struct.dataclass
+class DenseCache:
+    """Keys and values of one layer with the position of every slot.
+
+    Attributes:
+      keys: [B, K, S, H], heads before time, as the products need.
+      values: [B, K, S, H].
+      positions: int32 [B, S], the absolute position in each slot, -1 where there is none.
+      fill: int32 scalar: the next `extend` writes here, in every row (modulo S when rolling).
+      window: Sliding window of the attention, None for none.
+      soft_cap: Soft cap of the scores, None for none.
+      rolling: Overwrite the oldest slot when all are used. With S at least `window` nothing a
+        query may see is lost, provided only the first `extend` has padding.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    fill: jax.Array
+    window: int | None = struct.field(pytree_node=False, default=None)
+    soft_cap: float | None = struct.field(pytree_node=False, default=None)
+    rolling: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def length(self) -> int:
+        """Slots S."""
+        return self.keys.shape[2]
+
+    def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
+        """Writes T entries into the next slots; the caller sees to it that they are there.
+
+        Args:
+          k: [B, T, K, H].
+          v: [B, T, K, H].
+          positions: int32 [B, T].
+        """
+        count = k.shape[1]
+        if count > self.length:
+            raise InputError(f"{count} new tokens, the cache holds {self.length}")
+        if self.rolling and count > 1:
+            return self._append_shifting(k, v, positions)
+        slot = self.fill % self.length if self.rolling else self.fill
+
+        def write(held: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(
+                held, new.transpose(0, 2, 1, 3).astype(held.dtype), (0, 0, slot, 0)
+            )
+
+        return dataclasses.replace(
+            self,
+            keys=write(self.keys, k),
+            values=write(self.values, v),
+            positions=jax.lax.dynamic_update_slice(self.positions, positions, (0, slot)),
+            fill=self.fill + count,
+        )
+
+    def _append_shifting(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
+        """Keeps the last S of the held entries, oldest first, and the new ones."""
+        # Slot `fill mod S` is the oldest; while slots are unused, what comes first is empty.
+        order = (jnp.arange(self.length) + self.fill) % self.length
+
+        def last(held: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            both = jnp.concatenate([jnp.take(held, order, axis), new.astype(held.dtype)], axis)
+            return jax.lax.slice_in_dim(both, new.shape[axis], None, axis=axis)
+
+        return dataclasses.replace(
+            self,
+            keys=last(self.keys, k.transpose(0, 2, 1, 3), 2),
+            values=last(self.values, v.transpose(0, 2, 1, 3), 2),
+            positions=last(self.positions, positions, 1),
+            fill=jnp.full_like(self.fill, self.length),
+        )
+
+    def attention(self, q: jax.Array, positions: jax.Array) -> Attention:
+        """Attends with q [B, K, G, T, H] at `positions` [B, T] over every slot."""
+        seen = visible(positions, self.positions, self.window)
+        return attend_buffer(q, self.keys, self.values, seen, self.soft_cap)
+
+    def extend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, DenseCache]:
+        """Appends T positions and attends by position over everything held.
+
+        Args:
+          q: [B, T, N, H] rotated queries.
+          k: [B, T, K, H] rotated keys.
+          v: [B, T, K, H] values.
+          positions: int32 [B, T] absolute positions, ascending in a row, -1 for left padding.
+
+        Returns:
+          The attention output [B, T, N, H], 0 for padding, and the new cache.
+
+        Raises:
+          InputError: T above the number of slots of a cache that does not roll.
+        """
+        if self.rolling and k.shape[1] > 1:
+            # What the new entries push out is still in sight of the first of them.
+            held = self._grown(k.shape[1]).append(k, v, positions)
+            tail = min(k.shape[1], self.length)
+            after = self._append_shifting(k[:, -tail:], v[:, -tail:], positions[:, -tail:])
+        else:
+            held = after = self.append(k, v, positions)
+        q_BKGTH = grouped(q, k.shape[2])
+
+        def general() -> jax.Array:
+            out = by_query_chunks(lambda q, at: held.attention(q, at).out, q_BKGTH, positions)
+            return ungrouped(out).astype(q.dtype)
+
+        plain = self.window is None and self.soft_cap is None
+        return attend_new(general, self.fill, q, k, v, positions, plain=plain), after
+
+    def _grown(self, count: int) -> DenseCache:
+        """Returns a cache that does not roll, with all S slots written and `count` free ones."""
+        grown = grow(self, count)
+        return dataclasses.replace(grown, fill=jnp.full_like(self.fill, self.length), rolling=False)
+
+
+def grow(cache: DenseCache, count: int) -> DenseCache:
+    """Returns `cache` with `count` more empty slots behind the others."""
+    wide = ((0, 0), (0, 0), (0, count), (0, 0))
+    return dataclasses.replace(
+        cache,
+        keys=jnp.pad(cache.keys, wide),
+        values=jnp.pad(cache.values, wide),
+        positions=jnp.pad(cache.positions, ((0, 0), (0, count)), constant_values=-1),
+    )
+
+
+def dense_cache(
+    batch: int,
+    kv_heads: int,
+    length: int,
+    head_dim: int,
+    dtype: Any = jnp.float32,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    rolling: bool = False,
+) -> DenseCache:
+    """Returns an empty cache of one layer.
+
+    Args:
+      batch: Rows B.
+      kv_heads: Key/value heads K.
+      length: Slots S: prompt and new tokens together; when rolling, at most `window` are made.
+      head_dim: H.
+      dtype: Storage dtype.
+      window: Sliding window of the attention.
+      soft_cap: Soft cap of the scores.
+      rolling: Hold only the window.
+
+    Raises:
+      InputError: `rolling` without a window.
+    """
+    if rolling and window is None:
+        raise InputError("a rolling cache needs a sliding window, found none")
+    slots = min(length, window) if rolling and window is not None else length
+    empty = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
+    return DenseCache(
+        keys=constrain(empty, "batch", "heads", None, None),
+        values=constrain(empty, "batch", "heads", None, None),
+        positions=constrain(jnp.full((batch, slots), -1, jnp.int32), "batch", None),
+        fill=jnp.zeros((), jnp.int32),
+        window=window,
+        soft_cap=soft_cap,
+        rolling=rolling,
+    )
