@@ -96,7 +96,24 @@ def _complete(
     )
 
 
+def generate(options: argparse.Namespace) -> dict[str, Any]:
+    """Completes prompts with a language model."""
+    from jaxllm.cli.text_commands import generate as run
+
+    return run(options)
+
+
 def logprobs(options: argparse.Namespace) -> dict[str, Any]:
+    """Scores completions under a language model, or codes under a code model."""
+    from jaxllm.cli import text_commands
+    from jaxllm.decoding.language_model import is_language_model
+
+    if is_language_model(options.model):
+        return text_commands.logprobs(options)
+    return _code_logprobs(options)
+
+
+def _code_logprobs(options: argparse.Namespace) -> dict[str, Any]:
     """Reads {"class_id", "codes": positions x depth}, adds "logprobs" and "sum"."""
     from jaxllm.images.code_models import CodeScorer
     from jaxllm.images.records import read_code_rows
@@ -125,6 +142,24 @@ def logprobs(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmark that was named."""
+    if options.name == "images":
+        return _eval_images(options)
+    from jaxllm.cli import long_context_commands
+
+    if options.name == "haystack":
+        return long_context_commands.haystack(options)
+    return long_context_commands.records(options)
+
+
+def heads(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures head scores and writes them in the official format."""
+    from jaxllm.cli.long_context_commands import heads as run
+
+    return run(options)
+
+
+def _eval_images(options: argparse.Namespace) -> dict[str, Any]:
     """Compares two folders of images by Fréchet distance, precision/recall, inception form."""
     from jaxllm.images.compare import compare_folders
 
@@ -138,7 +173,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def convert(options: argparse.Namespace) -> dict[str, Any]:
-    """Imports an official checkpoint."""
+    """Imports an official checkpoint, or reads a language model and writes it again."""
+    if options.kind == "hf":
+        from jaxllm.cli.text_commands import convert_hf
+
+        return convert_hf(options)
     from jaxllm.hub.official import ImportOptions
     from jaxllm.images.convert import convert as run
 

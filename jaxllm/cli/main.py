@@ -34,6 +34,30 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
 
+    generate = add("generate", "Complete text with a language model.", "generate")
+    generate.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face folder or run"
+    )
+    given = generate.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", metavar="TEXT")
+    given.add_argument("--prompts", metavar="JSONL", help="prompt, messages or prompt_ids a line")
+    generate.add_argument("--output", metavar="JSONL", help="default: print")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 = greedy")
+    generate.add_argument("--top-k", type=int, default=0, help="0 = off")
+    generate.add_argument("--top-p", type=float, default=1.0, help="1 = off")
+    generate.add_argument("--min-p", type=float, default=0.0, help="0 = off")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, help="1 = off")
+    generate.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings")
+    generate.add_argument("--stop-id", type=int, nargs="+", default=[], metavar="ID")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
+    generate.add_argument("--samples", type=int, default=1, help="completions per prompt")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--batch", type=int, default=8, help="prompts run together")
+    generate.add_argument("--prefill-chunk", type=int, metavar="T", help="prompt tokens at a time")
+    generate.add_argument("--kv", default="full", metavar="SPEC", help="cache plan, say headkv:...")
+    generate.add_argument("--stream", action="store_true", help="show text as it comes")
+
     sample = add("sample", "Draw images from a trained code model.", "sample")
     sample.add_argument("--run", required=True, metavar="DIR", help="code-model run folder")
     sample.add_argument("--tokenizer", metavar="DIR", help="tokenizer run (default: the codes')")
@@ -51,28 +75,43 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--rows", type=int, default=0, help="grid rows kept by --complete")
     sample.add_argument("--out", required=True, metavar="PNG")
 
-    logprobs = add("logprobs", "Log-probabilities of given codes.", "logprobs")
-    logprobs.add_argument("--model", required=True, metavar="DIR", help="code-model run folder")
+    logprobs = add("logprobs", "Log-probabilities of given completions or codes.", "logprobs")
+    logprobs.add_argument(
+        "--model", required=True, metavar="DIR", help="language model or code-model run"
+    )
+    logprobs.add_argument("--batch", type=int, default=8, help="texts scored together")
     logprobs.add_argument("--input", required=True, metavar="JSONL")
     logprobs.add_argument("--output", required=True, metavar="JSONL")
 
-    evaluate = add("eval", "Run a benchmark by name: images.", "evaluate")
-    evaluate.add_argument("name", choices=("images",))
-    evaluate.add_argument("--real", required=True, metavar="DIR", help="folder of real images")
-    evaluate.add_argument("--fake", required=True, metavar="DIR", help="folder of other images")
-    features = evaluate.add_mutually_exclusive_group(required=True)
-    features.add_argument("--inception", metavar="FILE", help="Inception weights: gives FID")
-    features.add_argument("--classifier", metavar="DIR", help="classifier run: gives FD, not FID")
-    evaluate.add_argument("--splits", type=int, default=10, help="of the inception score")
+    evaluate = commands.add_parser("eval", help="Run a benchmark by name.")
+    evaluate.set_defaults(function="evaluate")
+    evaluations = evaluate.add_subparsers(
+        dest="name", metavar="NAME", required=True, parser_class=_Parser
+    )
+    _add_evaluations(evaluations)
 
-    convert = add("convert", "Import an official checkpoint as a run folder.", "convert")
-    convert.add_argument("--from", dest="kind", required=True, choices=("dnd", "llamagen"))
+    convert = add("convert", "Import an official checkpoint, or copy a language model.", "convert")
+    convert.add_argument("--from", dest="kind", required=True, choices=("dnd", "llamagen", "hf"))
     convert.add_argument("source", metavar="SOURCE", help="checkpoint file or its folder")
     convert.add_argument("--to", required=True, metavar="DIR")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of hf files")
     convert.add_argument("--ema", action="store_true", help="take the averaged weights")
     convert.add_argument("--heads", type=int)
     convert.add_argument("--head-layers", type=int, nargs="+", metavar="L", help="0-indexed")
     convert.add_argument("--grid", type=int, nargs=2, default=(16, 16), metavar=("ROWS", "COLS"))
+
+    heads = add("heads", "Measure how much each attention head retrieves (HeadKV).", "heads")
+    heads.add_argument("--model", required=True, metavar="DIR")
+    heads.add_argument("--estimator", choices=("r", "er", "r2"), default="r2")
+    heads.add_argument("--gate", choices=("argmax", "generate", "none"), default="argmax")
+    heads.add_argument("--lengths", type=int, nargs="+", default=[1024], metavar="T")
+    heads.add_argument("--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100])
+    heads.add_argument("--needles", type=int, default=3)
+    heads.add_argument("--margin", type=int, default=200, help="tokens left to the needle")
+    heads.add_argument("--text", metavar="FILE", help="haystack (default: Shakespeare)")
+    heads.add_argument("--seed", type=int, default=0)
+    heads.add_argument("--batch", type=int, default=4)
+    heads.add_argument("--output", required=True, metavar="JSON", help="scores, for --kv headkv:")
 
     plot = add("plot", "Plot metrics of run folders.", "plot")
     plot.add_argument("runs", nargs="+", metavar="RUN")
@@ -90,6 +129,45 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("name", nargs="?", help="default: list all")
     data.add_argument("--verify", action="store_true", help="check sizes and SHA-256")
     return parser
+
+
+def _add_evaluations(evaluations: Any) -> None:
+    """Adds the parsers of `jaxllm eval NAME`."""
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        parser = evaluations.add_parser(name, help=summary, description=summary)
+        parser.set_defaults(function="evaluate")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        return parser
+
+    images = add("images", "Compare two folders of images.")
+    images.add_argument("--real", required=True, metavar="DIR", help="folder of real images")
+    images.add_argument("--fake", required=True, metavar="DIR", help="folder of other images")
+    features = images.add_mutually_exclusive_group(required=True)
+    features.add_argument("--inception", metavar="FILE", help="Inception weights: gives FID")
+    features.add_argument("--classifier", metavar="DIR", help="classifier run: gives FD, not FID")
+    images.add_argument("--splits", type=int, default=10, help="of the inception score")
+
+    haystack = add("haystack", "Needles in long texts under cache plans.")
+    haystack.add_argument("--kind", choices=("needle", "reasoning"), default="needle")
+    haystack.add_argument("--lengths", type=int, nargs="+", default=[1024], metavar="T")
+    haystack.add_argument("--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100])
+    haystack.add_argument("--needles", type=int, default=3, help="different needles")
+    haystack.add_argument("--margin", type=int, default=200, help="tokens left to the needle")
+    haystack.add_argument("--text", metavar="FILE", help="haystack (default: Shakespeare)")
+    babilong = add("babilong", "bAbI questions in long texts under cache plans.")
+    longbench = add("longbench", "LongBench or LooGLE files under cache plans.")
+    for parser in (babilong, longbench):
+        parser.add_argument("--input", required=True, nargs="+", metavar="JSONL")
+        parser.add_argument("--limit", type=int, help="records of each file")
+        parser.add_argument("--max-prompt", type=int, help="cut the middle of longer prompts")
+    for parser in (haystack, babilong, longbench):
+        parser.add_argument("--model", required=True, metavar="DIR")
+        parser.add_argument("--kv", nargs="+", default=["full"], metavar="SPEC", help="cache plans")
+        parser.add_argument("--protocol", default="aware", help="aware, agnostic or multi_turn")
+        parser.add_argument("--batch", type=int, default=4, help="contexts run together")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
