@@ -155,6 +155,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.codec.special.values())
         self._ids = list(prompt)
         text = tokenizer.decode(self._ids)
         self._sent = len(text) - _unfinished(text)
@@ -177,7 +178,8 @@ class StreamDecoder:
 
     def _stable(self, text: str) -> int:
         """Returns how many leading characters no later id can change."""
-        if self._ids[-1] in self._tokenizer.codec.runs:
+        visible = (number for number in reversed(self._ids) if number not in self._special)
+        if next(visible, None) in self._tokenizer.codec.runs:
             return self._sent
         return len(text) - _unfinished(text)
 

@@ -355,6 +355,9 @@ def test_a_run_of_byte_tokens_is_streamed_as_a_whole(folders):
     assert tokenizer.decode([*good, 3 + 0xFF, a]) == "\ufffd" * 4 + "a"
     stream = StreamDecoder(tokenizer)
     assert [stream.push(i) for i in [*good, a]] == ["", "", "", "你a"]
+    stream = StreamDecoder(tokenizer)
+    across = [*good, tokenizer.eos, 3 + 0xFF, a]  # Special tokens do not end a run.
+    assert "".join(map(stream.push, across)) == tokenizer.decode(across) == "\ufffd" * 4 + "a"
 
 
 def test_streaming_does_not_get_slower(folders):
