@@ -70,6 +70,19 @@ def _activation_name(config: DecoderConfig) -> str:
     return next(name for name, ours in ACTIVATIONS.items() if ours == config.mlp.activation)
 
 
+# By rope type: name in config.json -> field of `RopeConfig`.
+_ROPE_SETTINGS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_positions",
+    },
+}
+
+
 def _rope(values: Json, base: str = "rope_theta", fraction: str | None = None) -> RopeConfig:
     """Reads `rope_theta` and `rope_scaling`, or the one `rope_parameters` of transformers 5."""
     scaling = dict(values["rope_parameters"] or values["rope_scaling"] or {})
@@ -81,19 +94,9 @@ def _rope(values: Json, base: str = "rope_theta", fraction: str | None = None) -
     }
     if not fraction and settings["fraction"] != 1:
         raise InputError(f"partial_rotary_factor {settings['fraction']} is not supported")
-    names = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_positions",
-        },
-    }
-    if kind not in tuple(names):
-        raise InputError(f"rope type {kind!r} is not one of {', '.join(names)}")
-    for name, ours in names[kind].items():
+    if kind not in tuple(_ROPE_SETTINGS):
+        raise InputError(f"rope type {kind!r} is not one of {', '.join(_ROPE_SETTINGS)}")
+    for name, ours in _ROPE_SETTINGS[kind].items():
         if name not in scaling:
             raise InputError(f"rope type {kind!r} needs {name}")
         settings[ours] = scaling.pop(name)
@@ -108,16 +111,10 @@ def _rope(values: Json, base: str = "rope_theta", fraction: str | None = None) -
 def _rope_json(config: DecoderConfig) -> Json:
     rope = config.rope or RopeConfig()
     scaling: Json | None = None
-    if rope.scaling == "linear":
-        scaling = {"rope_type": "linear", "factor": rope.factor}
-    if rope.scaling == "llama3":
-        scaling = {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_positions,
-        }
+    if rope.scaling != "none":
+        names = _ROPE_SETTINGS[rope.scaling]
+        settings = {name: getattr(rope, ours) for name, ours in names.items()}
+        scaling = {"rope_type": rope.scaling, **settings}
     return {"rope_theta": rope.base, "rope_scaling": scaling}
 
 
