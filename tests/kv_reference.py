@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import quick_compile
 
 SHARED = Path(os.environ.get("JAXLLM_TEST_DATA", "shared/data"))
 HEADS = SHARED / "head_scores"
@@ -64,17 +64,6 @@ def attention_loops(s, *, window=None, soft_cap=None):
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights @ v[b, seen, n // groups] / weights.sum()
     return out
-
-
-@contextlib.contextmanager
-def quick_compile():
-    """Compiles without optimising: these programs run a few times only."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 _extend = jax.jit(lambda cache, part: cache.extend(*part))

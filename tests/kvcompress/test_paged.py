@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from kv_reference import extend, extend_all, quick_compile, stream
+from kv_reference import extend, extend_all, stream
+from tiny_runs import quick_compile
+from tpu_programs import kernel_calls
 
 from jaxllm.kvcompress.bucketed_cache import bucketed_cache
 from jaxllm.kvcompress.compress import Eviction
@@ -153,18 +152,7 @@ with jax.set_mesh(mesh):
 @pytest.mark.slow
 def test_a_tpu_decodes_with_the_paged_kernel():
     """Each of four chips runs the kernel on its own two rows and one head of each rung."""
-    pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    calls = [line for line in done.stdout.splitlines() if "tpu_custom_call" in line]
+    calls = kernel_calls(PROGRAM)
     # 96 + 32 and 16 + 32 entries in pages of 16, two (row, head) sequences each: 16 and 6 pages.
     for pages in (16, 6):
         assert any(f"bf16[1,{pages},16,128]" in line for line in calls), pages

@@ -1,0 +1,25 @@
+"""Programs compiled for TPU chips in a process of their own, on a machine without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def kernel_calls(program: str) -> list[str]:
+    """Runs a program that prints what it compiled; returns the lines that call a kernel."""
+    pytest.importorskip("libtpu")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if "tpu_custom_call" in line]
