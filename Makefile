@@ -6,8 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-# A training step on a CPU allocates its whole workspace anew. In huge pages (Linux, glibc) that
-# takes a tenth off the demo's step; elsewhere the variable means nothing.
+# A training step on a CPU maps its whole workspace anew; in huge pages (Linux, glibc) that costs
+# far fewer page faults. Elsewhere the variable means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test lint evidence clean
