@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.decoding.cache import init_cache
 from jaxllm.decoding.guidance import Schedule, guidance_scales, guide, pair
-from jaxllm.decoding.sampling import check_filters, sample_token
+from jaxllm.decoding.sampling import check_filters, check_range, sample_token
 from jaxllm.errors import InputError
 from jaxllm.parallel.sharding import constrain
 
@@ -222,11 +222,3 @@ class CodeSampler:
         start = (caches, jnp.zeros((len(rows), depth), jnp.int32))
         _, (codes, log_probs) = jax.lax.scan(one_cell, start, jnp.arange(cells))
         return codes.swapaxes(0, 1), log_probs.swapaxes(0, 1)
-
-
-def check_range(what: str, values: np.ndarray, limit: int) -> None:
-    """Raises InputError naming the first of `values` outside [0, limit)."""
-    bad = np.flatnonzero((values.reshape(-1) < 0) | (values.reshape(-1) >= limit))
-    if len(bad):
-        value = values.reshape(-1)[bad[0]]
-        raise InputError(f"{what} {value} is outside 0 .. {limit - 1}")

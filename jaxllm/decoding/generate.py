@@ -145,13 +145,13 @@ class TextGenerator:
             rows = [
                 _Row(self.tokenizer, prompts[i], sampling) for i in filled for _ in range(samples)
             ]
-            self.continue_rows(state, sampling, rows, stop, numbers, on_text)
+            self._finish(state, sampling, rows, stop, numbers, on_text)
             for place, number in enumerate(numbers):
                 mine = rows[place * samples : (place + 1) * samples]
                 results[number] = [row.completion for row in mine]
         return [results[i] for i in range(len(prompts))]
 
-    def continue_rows(
+    def _finish(
         self,
         state: TextState,
         sampling: TextSampling,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxllm.data.chat import ChatTemplate, check_messages, encode_chat, tokenizer_chat_template
-from jaxllm.data.text_tokenizers import Tokenizer
-from jaxllm.decoding.text import NewCaches, TextSampler
+from jaxllm.data.text_tokenizers import Tokenizer, find_tokenizer
+from jaxllm.decoding.generate import TextGenerator
+from jaxllm.decoding.text import NewCaches, TextSampler, TextSampling
 from jaxllm.decoding.text_cache import dense_cache
 from jaxllm.errors import InputError
 from jaxllm.hub.hf_folder import is_hf_folder
-from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.decoder import Decoder, DecoderConfig, decoder
 from jaxllm.nn.module import Blueprint
+from jaxllm.nn.precision import compute_dtype
 from jaxllm.training import language_model as trained
+from jaxllm.training.state import TrainState
 
 Tree = Any
 
@@ -112,7 +115,10 @@ class LanguageModel:
     ) -> TextSampler:
         """Returns a compiled generator over full caches or those that `new_caches` makes."""
         return TextSampler(
-            self.blueprint.build, new_caches or self.new_caches(), prefill_chunk=prefill_chunk
+            self.blueprint.build,
+            new_caches or self.new_caches(),
+            prefill_chunk=prefill_chunk,
+            known_ids=None if self.tokenizer is None else self.tokenizer.vocab_size,
         )
 
 
@@ -136,21 +142,42 @@ def load_language_model(
       InputError: Neither of them, or one that is damaged.
     """
     folder = Path(path)
-    found = trained.load_language_model(folder, mesh=mesh, dtype=dtype)
-    tokenizer = found.tokenizer
-    if tokenizer is not None and tokenizer.vocab_size > found.config.vocab_size:
+    config, blueprint, params = trained.read_model(folder, mesh=mesh, dtype=dtype)
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-            f"{found.config.vocab_size}"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         )
-    return LanguageModel(
-        str(folder),
-        found.config,
-        found.blueprint,
-        found.params,
-        tokenizer,
-        _eos_of(folder, tokenizer),
-    )
+    eos = _eos_of(folder, tokenizer)
+    return LanguageModel(str(folder), config, blueprint, params, tokenizer, eos)
+
+
+def text_sampler(
+    run: trained.LanguageModelRun, *, prompt: str = "", max_new_tokens: int = 128
+) -> Callable[[TrainState, Tokenizer], str]:
+    """Returns the sample hook of a training run: what its model says after `prompt`.
+
+    Args:
+      run: The run's config.
+      prompt: Where the text begins; nothing but the document's first token by default.
+      max_new_tokens: Length of the sample, drawn at temperature 0.8 from a fixed seed.
+    """
+    blueprint = decoder(run.model, compute_dtype(run.precision))
+    sampler: TextSampler | None = None
+
+    def sample(state: TrainState, tokenizer: Tokenizer) -> str:
+        nonlocal sampler
+        if sampler is None:  # Compiled once, whatever the parameters.
+            sampler = LanguageModel("run", run.model, blueprint, None, tokenizer, ()).sampler()
+        ids = tokenizer.encode(prompt)
+        ids = ids if tokenizer.start is None else [tokenizer.start, *ids]
+        generate = TextGenerator(state.best_params, state.extra, sampler, tokenizer)
+        stops = () if tokenizer.eos is None else (tokenizer.eos,)
+        sampling = TextSampling(max_new_tokens, temperature=0.8, stop_ids=stops)
+        ((completion,),) = generate([ids or [0]], sampling)
+        return prompt + (completion.text or "")
+
+    return sample
 
 
 def check_ids(value: Any, vocabulary: int, what: str) -> list[int]:

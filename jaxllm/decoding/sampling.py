@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.errors import InputError
 
@@ -20,6 +21,14 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
         raise InputError(f"top_k {top_k} must be 0 (off) or more")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p {top_p} must be above 0 and at most 1 (1 is off)")
+
+
+def check_range(what: str, values: np.ndarray, limit: int) -> None:
+    """Raises InputError naming the first of `values` outside [0, limit)."""
+    bad = np.flatnonzero((values.reshape(-1) < 0) | (values.reshape(-1) >= limit))
+    if len(bad):
+        value = values.reshape(-1)[bad[0]]
+        raise InputError(f"{what} {value} is outside 0 .. {limit - 1}")
 
 
 def filter_logits(

@@ -4,7 +4,8 @@ Prompts are padded on the left to a common length, so that every row writes the 
 the newest token is always the last one; padding has position -1 and is invisible. The loop runs in
 chunks of `CHUNK` tokens with its state donated: between chunks the caller may show text, look for
 stop strings, or give up. Everything that depends on random numbers depends on the row's own key and
-step only, so a row's tokens do not depend on the batch it is in.
+step only, so a row's tokens do not depend on the batch it is in. A chunk is at most a block of the
+caches: they make room between chunks, not at every token.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxllm.decoding.code_stacks import check_range
-from jaxllm.decoding.sampling import check_filters, penalise, sample_token
+from jaxllm.decoding.sampling import check_filters, check_range, penalise, sample_token
 from jaxllm.errors import InputError
 from jaxllm.parallel.sharding import constrain
 
@@ -107,7 +107,7 @@ class TextState:
 
 @struct.dataclass
 class Drawn:
-    """Tokens of one chunk: ids and log-probabilities [B, CHUNK]; `valid` marks the drawn ones."""
+    """Tokens of one chunk: ids and log-probabilities [B, n]; `valid` marks the drawn ones."""
 
     tokens: jax.Array
     log_probs: jax.Array
@@ -117,6 +117,12 @@ class Drawn:
 def bucket(length: int) -> int:
     """Returns the power of two, at least 16, that holds `length` tokens."""
     return max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length())
+
+
+def _slots(prompt_length: int, max_new_tokens: int) -> tuple[int, int]:
+    """Returns the prompt's bucket, and the slots of prompt and whole chunks of new tokens."""
+    length = bucket(prompt_length)
+    return length, length + -(-max_new_tokens // CHUNK) * CHUNK
 
 
 def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +147,7 @@ class TextSampler:
         new_caches: NewCaches,
         *,
         prefill_chunk: int | None = None,
+        known_ids: int | None = None,
     ):
         """Makes a generator.
 
@@ -149,10 +156,12 @@ class TextSampler:
           new_caches: Makes empty caches; a compressed cache is another function here.
           prefill_chunk: Prompt tokens run at a time, a power of two: bounds the memory of a long
             prompt. None runs the prompt whole.
+          known_ids: Only ids below it are drawn: models have rows for more ids than their tokenizer
+            has. None for all.
         """
         if prefill_chunk is not None and (prefill_chunk < 1 or prefill_chunk & (prefill_chunk - 1)):
             raise InputError(f"prefill_chunk {prefill_chunk} must be a power of two")
-        self.build, self.prefill_chunk = build, prefill_chunk
+        self.build, self.prefill_chunk, self.known_ids = build, prefill_chunk, known_ids
         self.traces = 0
         """Times the loop was traced, that is, compiled for another shape or option."""
         self._fresh = jax.jit(new_caches, static_argnums=(0, 1, 2))
@@ -192,12 +201,17 @@ class TextSampler:
             if not len(prompt):
                 raise InputError(f"prompt {row} is empty; a model needs at least one token")
             check_range(f"prompt {row}: token id", np.asarray(prompt), vocabulary)
-        length = bucket(max(map(len, prompts)))
-        slots = length + -(-max_new_tokens // CHUNK) * CHUNK
+        length, slots = _slots(max(map(len, prompts)), max_new_tokens)
         tokens, positions = left_padded(prompts, length)
         # Made by a program of their own: inside the prompt's the compiler would fold their zeros.
         caches = self._fresh(len(prompts), length, slots)
         return self._prefill(params, extra, tokens, positions, keys, caches=caches, keep=keep_seen)
+
+    def cache_bytes(self, batch: int, prompt_length: int, max_new_tokens: int) -> int:
+        """Returns the bytes of the caches that `prefill` makes for prompts of such a length."""
+        length, slots = _slots(prompt_length, max_new_tokens)
+        caches = jax.eval_shape(lambda: self._fresh(batch, length, slots))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
     def extend(
         self, params: Tree, extra: Tree, state: TextState, more: Sequence[Sequence[int]]
@@ -206,14 +220,28 @@ class TextSampler:
 
         A context compressed once can so be asked many questions. Rows of `more` are padded on the
         left to a bucket, which takes that many slots of a dense cache.
+
+        Raises:
+          InputError: A dense cache has too few slots left.
         """
-        tokens, offsets = left_padded(more, bucket(max(map(len, more))))
+        length = bucket(max(map(len, more)))
+        for number, cache in enumerate(state.caches):
+            if cache.free is not None and (free := int(cache.free)) < length:
+                raise InputError(
+                    f"{length} more slots do not fit the cache of layer {number}, which has {free} "
+                    "left; leave more room at prefill"
+                )
+        tokens, offsets = left_padded(more, length)
         return self._more(params, extra, state, tokens, offsets)
 
     def decode(
         self, params: Tree, extra: Tree, state: TextState, sampling: TextSampling
     ) -> tuple[TextState, Drawn]:
-        """Draws up to `CHUNK` more tokens per row; `state` is donated, so do not use it again."""
+        """Draws up to `CHUNK` more tokens per row; `state` is donated, so do not use it again.
+
+        The caller has seen to it that the caches hold them, as `prefill` does for
+        `max_new_tokens`.
+        """
         stops = np.full(-(-max(len(sampling.stop_ids), 1) // 8) * 8, -1, np.int32)
         stops[: len(sampling.stop_ids)] = sampling.stop_ids
         return self._chunk(
@@ -311,20 +339,24 @@ class TextSampler:
         model = self.build(params, extra)
         layers = model.unstack()
         rows = jnp.arange(len(state.position))
+        blocks = (cache.block for cache in state.caches)
+        size = min([CHUNK, *(block for block in blocks if block is not None)])
+        caches = [cache.begin_block(size) for cache in state.caches]
+        state = dataclasses.replace(state, caches=caches)
         # A number is made of (row's key, step): neither the batch nor the chunk size enters.
-        steps = state.step + jnp.arange(CHUNK)
+        steps = state.step + jnp.arange(size)
         uniforms = jax.vmap(
             lambda key: jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t)))(steps)
         )(state.keys)
         empty = Drawn(
-            tokens=jnp.zeros((len(rows), CHUNK), jnp.int32),
-            log_probs=jnp.zeros((len(rows), CHUNK), jnp.float32),
-            valid=jnp.zeros((len(rows), CHUNK), bool),
+            tokens=jnp.zeros((len(rows), size), jnp.int32),
+            log_probs=jnp.zeros((len(rows), size), jnp.float32),
+            valid=jnp.zeros((len(rows), size), bool),
         )
 
         def unfinished(carry: tuple[jax.Array, TextState, Drawn]) -> jax.Array:
             count, state, _ = carry
-            return (count < CHUNK) & ~jnp.all(state.done)
+            return (count < size) & ~jnp.all(state.done)
 
         def one_token(
             carry: tuple[jax.Array, TextState, Drawn],
@@ -332,6 +364,9 @@ class TextSampler:
             count, state, drawn = carry
             logits = model.logits(constrain(state.hidden, "batch", None))
             adjusted = logits if state.seen is None else penalise(logits, state.seen, penalty)
+            if self.known_ids is not None and self.known_ids < logits.shape[-1]:
+                known = jnp.arange(logits.shape[-1]) < self.known_ids
+                adjusted = jnp.where(known, adjusted, -jnp.inf)
             token = sample_token(
                 uniforms[:, count],
                 adjusted,
@@ -365,7 +400,8 @@ class TextSampler:
             return count + 1, state, drawn
 
         _, state, drawn = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, empty))
-        return state, drawn
+        caches = [cache.end_block() for cache in state.caches]
+        return dataclasses.replace(state, caches=caches), drawn
 
 
 def repeat_rows(state: TextState, times: int) -> TextState:

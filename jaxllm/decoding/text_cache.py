@@ -9,6 +9,9 @@ A layer of any cache is a pytree with one method:
 
     extend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], positions [B,T]) -> (out [B,T,N,H], cache)
 
+and three for the decode loop: `block`, how many tokens fit one by one before room must be made;
+`begin_block(count)`, the cache with room for that many; `end_block()`, as it was otherwise.
+
 Keys and queries are already rotated. A model with another scale than 1/sqrt(H) scales `q` before.
 """
 
@@ -225,6 +228,25 @@ class DenseCache:
     def length(self) -> int:
         """Slots S."""
         return self.keys.shape[2]
+
+    @property
+    def block(self) -> int | None:
+        """Tokens that fit before room must be made; None for no limit but the slots."""
+        return None
+
+    @property
+    def free(self) -> jax.Array | None:
+        """Slots left, int32 scalar; None where old entries give way to new ones."""
+        return None if self.rolling else self.length - self.fill
+
+    def begin_block(self, count: int) -> DenseCache:
+        """Returns the cache itself: it never makes room."""
+        del count
+        return self
+
+    def end_block(self) -> DenseCache:
+        """Returns the cache itself."""
+        return self
 
     def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
         """Writes T entries into the next slots; the caller sees to it that they are there.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.pipeline import Batches, padded_batches
-from jaxllm.decoding.code_stacks import check_range
+from jaxllm.decoding.sampling import check_range
 from jaxllm.errors import InputError
 from jaxllm.images.codes import CodeSource, DrawCrop, open_codes
 from jaxllm.images.config import CodeModelRun, RQTransformerRun

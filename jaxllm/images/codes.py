@@ -31,7 +31,7 @@ from jaxllm.data.images import (
     pad_shifted,
 )
 from jaxllm.data.pipeline import Example, padded_batches
-from jaxllm.decoding.code_stacks import check_range
+from jaxllm.decoding.sampling import check_range
 from jaxllm.errors import InputError
 from jaxllm.models.image_tokenizer import ImageTokenizer
 from jaxllm.nn.module import Blueprint

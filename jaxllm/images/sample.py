@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxllm.data.images import ImageDataConfig
 from jaxllm.data.pipeline import padded_batches
-from jaxllm.decoding.code_stacks import CodeSampler, SamplingConfig, check_range
+from jaxllm.decoding.code_stacks import CodeSampler, SamplingConfig
+from jaxllm.decoding.sampling import check_range
 from jaxllm.errors import InputError
 from jaxllm.images.config import CodeModelRun, RQTransformerRun, TokenizerRun
 from jaxllm.images.runs import load_params, run_kind

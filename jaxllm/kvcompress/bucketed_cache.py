@@ -52,8 +52,7 @@ class BucketedCache:
       layer: Rungs and head order.
       eviction: Which entries stay.
       makes_room: Whether `extend` compresses a full ring by itself. XLA copies the whole cache
-        through the conditional at every token; a decode loop that runs blocks of `Plan.chunk`
-        tokens and calls `compress` between them may turn it off.
+        through that conditional, so the decode loop asks once per block (`begin_block`).
     """
 
     rungs: tuple[Kept, ...]
@@ -79,12 +78,11 @@ class BucketedCache:
         Returns:
           The attention output [B, T, N, H], 0 for padding, and the new cache.
         """
-        count, window = q.shape[1], self.eviction.window
+        count = q.shape[1]
         order = self.layer.order
         k_own, v_own = reordered(k, order, 2), reordered(v, order, 2)
         q_BKGTH = reordered(grouped(q, k.shape[2]), order, 1)
-        chunk = self.ring.length - window
-        if count <= chunk:
+        if count <= self.block:
             start = with_room(self, count) if self.makes_room else self
             held = after = start._append(q_BKGTH, k_own, v_own, positions)
         else:
@@ -108,6 +106,24 @@ class BucketedCache:
     def slots(self) -> int:
         """Slots of the ring."""
         return self.ring.positions.shape[1]
+
+    @property
+    def block(self) -> int:
+        """Tokens that fit before the ring must be compressed: `Plan.chunk`."""
+        return self.slots - self.eviction.window
+
+    @property
+    def free(self) -> None:
+        """None: old entries give way to new ones."""
+        return None
+
+    def begin_block(self, count: int) -> BucketedCache:
+        """Returns the cache with `count` free ring slots that `extend` takes without a check."""
+        return dataclasses.replace(with_room(self, count), makes_room=False)
+
+    def end_block(self) -> BucketedCache:
+        """Returns the cache as `extend` takes it for any number of tokens."""
+        return dataclasses.replace(self, makes_room=True)
 
     def compress(self) -> BucketedCache:
         """Moves what the ring holds beyond the window into the rungs, whatever it holds.

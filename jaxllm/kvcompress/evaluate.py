@@ -22,7 +22,7 @@ from jaxllm.decoding.generate import Completion, TextGenerator
 from jaxllm.decoding.language_model import LanguageModel
 from jaxllm.decoding.text import TextSampler, TextSampling, TextState, row_keys
 from jaxllm.errors import InputError
-from jaxllm.evals.statistics import mean_interval
+from jaxllm.evals.statistics import bootstrap_interval
 from jaxllm.kvcompress.bucketed_cache import BucketedCache, nbytes
 from jaxllm.kvcompress.decode import plan_caches
 from jaxllm.kvcompress.spec import parse_plan
@@ -61,7 +61,7 @@ def evaluate_plans(
     *,
     batch: int = 4,
 ) -> list[dict[str, Any]]:
-    """Returns one row per plan: mean score with a 95 % interval, bytes of the cache, seconds.
+    """Returns one row per plan: mean score, 95 % interval over questions, cache bytes, seconds.
 
     Answers are greedy. The same compiled functions and the same cases serve every plan.
 
@@ -86,7 +86,7 @@ def evaluate_plans(
         start = time.perf_counter()
         ask = _ask_at_once if protocol == "aware" else _ask_after
         scores, size = ask(model, sampler, cases, protocol, batch)
-        interval = mean_interval(scores) if len(scores) > 1 else None
+        interval = bootstrap_interval(scores) if len(scores) > 1 else None
         rows.append(
             {
                 "plan": spec,
@@ -127,15 +127,7 @@ def _ask_at_once(
     tokenizer = model.need_tokenizer("an evaluation")
     found = TextGenerator(model.params, {}, sampler, tokenizer)(prompts, sampling, batch=batch)
     scores = [_judged(q, c, model) for (_, q), (c,) in zip(asked, found, strict=True)]
-    longest = max(prompts, key=len)
-    state = sampler.prefill(
-        model.params,
-        {},
-        [longest] * batch,
-        row_keys(0, range(batch)),
-        max_new_tokens=sampling.max_new_tokens,
-    )
-    return scores, nbytes(state.caches)
+    return scores, sampler.cache_bytes(batch, max(map(len, prompts)), sampling.max_new_tokens)
 
 
 def _ask_after(

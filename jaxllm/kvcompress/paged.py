@@ -84,6 +84,27 @@ class PagedCache:
         """Slots of the ring."""
         return self.outline.slots
 
+    @property
+    def block(self) -> int:
+        """As `BucketedCache.block`."""
+        return self.outline.block
+
+    @property
+    def free(self) -> None:
+        """As `BucketedCache.free`."""
+        return None
+
+    def begin_block(self, count: int) -> PagedCache:
+        """As `BucketedCache.begin_block`."""
+        room = with_room(self, count)
+        return dataclasses.replace(
+            room, outline=dataclasses.replace(room.outline, makes_room=False)
+        )
+
+    def end_block(self) -> PagedCache:
+        """As `BucketedCache.end_block`."""
+        return dataclasses.replace(self, outline=self.outline.end_block())
+
     def compress(self) -> PagedCache:
         """As `BucketedCache.compress`."""
         return pack(unpack(self).compress(), self.page, self.implementation)

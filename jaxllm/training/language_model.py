@@ -271,21 +271,10 @@ def starting_point(run: LanguageModelRun, tokenizer: Tokenizer) -> Callable[[Mes
             f"init_from {folder} has tokenizer {other.identity[:24]}, this run has "
             f"{tokenizer.identity[:24]}; set tokenizer.path to {folder}"
         )
-    return lambda mesh: load_language_model(folder, mesh=mesh).params
+    return lambda mesh: read_model(folder, mesh=mesh)[2]
 
 
 # -- finished models -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A trained model and what is needed to use it."""
-
-    config: DecoderConfig
-    blueprint: Blueprint[Decoder]
-    params: Tree
-    tokenizer: Tokenizer | None
-    """None where a folder holds none; such a model is used by token ids."""
 
 
 def model_config(folder: Path) -> DecoderConfig:
@@ -297,10 +286,10 @@ def model_config(folder: Path) -> DecoderConfig:
     return _read_run(folder).model
 
 
-def load_language_model(
+def read_model(
     folder: Path, *, mesh: Mesh | None = None, dtype: Any = None
-) -> LanguageModel:
-    """Reads a trained model, whether of a run of ours or of a Hugging Face folder.
+) -> tuple[DecoderConfig, Blueprint[Decoder], Tree]:
+    """Reads config, blueprint and parameters of a run of ours or of a Hugging Face folder.
 
     Args:
       folder: A run folder (averaged and best parameters where the run keeps such) or a folder with
@@ -313,8 +302,7 @@ def load_language_model(
       InputError: If the folder is neither, is a run of another job, or has no checkpoint.
     """
     if is_hf_folder(folder):
-        config, blueprint, params = load_decoder(folder, mesh=mesh, dtype=dtype)
-        return LanguageModel(config, blueprint, params, find_tokenizer(folder))
+        return load_decoder(folder, mesh=mesh, dtype=dtype)
     run = _read_run(folder)
     best = folder / "best"
     tree = read_newest(best if finished_steps(best) else folder / "checkpoints")
@@ -322,7 +310,7 @@ def load_language_model(
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     blueprint = decoder(run.model, compute_dtype(run.precision) if dtype is None else dtype)
-    return LanguageModel(run.model, blueprint, params, find_tokenizer(folder))
+    return run.model, blueprint, params
 
 
 def _read_run(folder: Path) -> LanguageModelRun:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.data.pipeline import Batch
+from jaxllm.data.token_cache import cache_root
 from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings
@@ -197,6 +197,4 @@ class stop_on_signal:  # noqa: N801 - reads as a statement
 def use_compile_cache() -> None:
     """Keeps compiled programs between runs, in JAXLLM_CACHE or the user's cache folder."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxllm"
-        path = Path(os.environ.get("JAXLLM_CACHE", default)) / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))

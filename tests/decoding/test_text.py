@@ -7,11 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_runs
 
 from jaxllm.data.text_tokenizers import byte_tokenizer
 from jaxllm.decoding.generate import TextGenerator
+from jaxllm.decoding.language_model import text_sampler
 from jaxllm.decoding.score import CompletionScorer
 from jaxllm.decoding.text import (
     CHUNK,
@@ -28,6 +30,8 @@ from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.parallel.sharding import param_shardings
+from jaxllm.training.language_model import LanguageModelRun
+from jaxllm.training.state import new_state
 
 VOCAB = byte_tokenizer().vocab_size
 CONFIG = DecoderConfig(
@@ -183,6 +187,23 @@ def test_a_context_is_asked_two_questions(sampler):
         np.testing.assert_allclose(model.logits(asked.hidden)[0], expected, rtol=0, atol=2e-5)
 
 
+def test_only_ids_of_the_tokenizer_are_drawn():
+    few = TextSampler(MODEL.build, caches, known_ids=40)
+    rows = prompts(5, 9)
+    found = TextGenerator(PARAMS, {}, few)(rows, TextSampling(max_new_tokens=30, temperature=3.0))
+    assert max(token for (completion,) in found for token in completion.ids) < 40
+    pairs = [(prompt, c.ids) for prompt, (c,) in zip(rows, found, strict=True)]
+    scored = CompletionScorer(MODEL.build)(PARAMS, {}, pairs, batch=2)
+    np.testing.assert_allclose(found[0][0].log_probs, scored[0], rtol=0, atol=2e-5)
+
+
+def test_a_question_that_does_not_fit_is_refused(sampler):
+    state = sampler.prefill(PARAMS, {}, prompts(10), row_keys(0, [0]), max_new_tokens=32)
+    with pytest.raises(InputError, match="64 more slots do not fit the cache of layer 0"):
+        sampler.extend(PARAMS, {}, state, prompts(40))
+    assert sampler.cache_bytes(1, 10, 32) == sum(x.nbytes for x in jax.tree.leaves(state.caches))
+
+
 def test_a_batch_over_devices_gives_the_same_tokens(generator):
     rows = prompts(4, 12, 7, 15)
     setting = TextSampling(max_new_tokens=10)
@@ -211,6 +232,16 @@ def test_streamed_pieces_are_the_text_and_stop_strings_are_cut(generator):
     assert ended.finish_reason == "stop" and stop not in ended.text
     assert free[0].text.startswith(ended.text + stop) and pieces[0] == ended.text
     assert ended.ids == free[0].ids[: len(ended.ids)]
+
+
+def test_the_sample_of_a_run_is_what_its_model_says(generator):
+    run = LanguageModelRun(model=CONFIG)
+    sample = text_sampler(run, prompt="abc", max_new_tokens=12)
+    state = new_state(PARAMS, optax.sgd(1.0), ema=False)
+    tokenizer = byte_tokenizer()
+    ids = [tokenizer.start, *b"abc"]
+    setting = TextSampling(max_new_tokens=12, temperature=0.8, stop_ids=(tokenizer.eos,))
+    assert sample(state, tokenizer) == "abc" + generator([ids], setting)[0][0].text
 
 
 def test_left_padding_by_hand():
