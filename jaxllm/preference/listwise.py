@@ -1,8 +1,8 @@
 """Losses of K scored candidates: Plackett-Luce DPO, InfoNCA, NCA, EXO, RRHF, PRO, LiPO-lambda.
 
 s_i = beta (l_i - l_i^ref) are the implicit rewards, r_i the given scores. Candidates that are
-absent or empty take no part; in softmaxes they stand at -1e30. Of equal scores the lower index ranks
-first where a ranking is needed, and pairs of equal scores are not compared.
+absent or empty take no part; in softmaxes they stand at -1e30. Of equal scores the lower index
+ranks first where a ranking is needed, and pairs of equal scores are not compared.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def pro(stats: ListStats, config: PRO) -> Loss:
     With p the mean log-probs, best first: T_kj = r_k - r_j, T_k = max_j T_kj, and
     sum_{k<K} logsumexp(p_k T_k, {p_j T_kj}_{j>k}) - p_k T_k, plus 0.05 (K - 1)^2 times the summed
     NLL of the best. The score differences act as inverse temperatures; no beta and no reference.
-    The log of a sum with an added constant in the authors' code is a logsumexp here. arXiv:2306.17492.
+    The log of a sum with an added constant in the authors' code is a logsumexp here.
+    arXiv:2306.17492.
     """
     means, sums = stats.candidates.mean_logps, stats.candidates.logps
     arrays = _by_rank(stats, means, sums, stats.scores, stats.present)

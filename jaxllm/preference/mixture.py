@@ -136,7 +136,7 @@ PRESETS: dict[str, AlgorithmConfig] = {
 """Options under a name: settings of papers that differ from the defaults."""
 
 
-def preset(name: str) -> AlgorithmConfig:
+def preset(name: str) -> Options:
     """Options of a preset, or the defaults of the algorithm of that name.
 
     Raises:

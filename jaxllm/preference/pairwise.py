@@ -3,8 +3,9 @@
 With l_w, l_l the summed log-probs of the chosen and the rejected completion, a = l_w - l_w^ref,
 c = l_l - l_l^ref, Delta = a - c and u = beta Delta. Where nothing else is said, beta is the
 strength of the KL penalty to the reference in the objective that the loss solves: a larger beta
-keeps the policy closer, because a given preference then needs a smaller log-ratio. Rewards in the metrics are
-beta a and beta c. At policy = reference DPO starts at ln 2 = 0.693; that is no fault.
+keeps the policy closer, because a given preference then needs a smaller log-ratio. Rewards in
+the metrics are beta a and beta c. At policy = reference DPO starts at ln 2 = 0.693; this is no
+fault.
 
 Every loss is a sum of log-sigmoids, never the logarithm of a computed probability.
 """

@@ -116,10 +116,10 @@ def kto(stats: PointStats, config: KTO) -> Loss:
     """Kahneman-Tversky optimisation, of completions that are only good or bad.
 
     Desirable: lambda_D sigma(-beta (a - z)); undesirable: lambda_U sigma(-beta (z - c)). z
-    estimates KL(policy || reference) as max(0, mean log-ratio) over completions of other prompts, over the
-    whole batch and without gradient; see `mismatched_rows`. beta is the KL strength as in DPO, and
-    how risk-averse the value function is; weights such that lambda_D n_D : lambda_U n_U lies in
-    [1, 4/3]. Couples the rows of a batch. arXiv:2402.01306.
+    estimates KL(policy || reference) as max(0, mean log-ratio) over completions of other prompts,
+    over the whole batch and without gradient; see `mismatched_rows`. beta is the KL
+    strength as in DPO, and how risk-averse the value function is; weights such that
+    lambda_D n_D : lambda_U n_U lies in [1, 4/3]. Couples the rows of a batch. arXiv:2402.01306.
     """
     others = stats.mismatched
     keep = stats.kept()

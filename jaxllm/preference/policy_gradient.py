@@ -299,7 +299,8 @@ def grpo(stats: RolloutStats, config: GRPO) -> Loss:
     else:
         per_row = jnp.sum(jnp.where(mask, losses, 0.0), -1)
         own = jnp.maximum(jnp.sum(mask, -1), 1)
-        per_row = per_row / (own if config.loss_type == "grpo" else config.max_length)
+        constant = config.max_length if config.loss_type == "dr_grpo" else None
+        per_row = per_row / (own if constant is None else constant)
     return per_row, {**metrics, **reward_metrics(stats, advantages)}
 
 

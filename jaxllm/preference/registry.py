@@ -155,5 +155,5 @@ def _check(name: str, given: Stats, kinds: tuple[type, ...], wanted: Needs) -> N
         raise InputError(f"{name} got {type(given).__name__}, expected {expected}")
     for field in wanted:
         holders = (given,) if hasattr(given, field) else given.sequences()
-        if any(getattr(holder, field) is None for holder in holders):
+        if any(getattr(holder, field, None) is None for holder in holders):
             raise InputError(f"{name} needs {field}, which the statistics lack")

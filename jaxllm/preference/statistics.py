@@ -21,7 +21,10 @@ import jax.numpy as jnp
 from flax import struct
 
 Given = Any
-"""A jax.Array, or None where no algorithm in use reads it; `needs` is checked before one does."""
+"""An array (or the class that the docstring names), or None where no algorithm in use reads it.
+
+The registry checks that what an algorithm `needs` is there before the algorithm runs.
+"""
 Metrics = dict[str, jax.Array]
 Loss = tuple[jax.Array, Metrics]
 """Loss of every row, float32 [B], and scalars to log. Average rows with `mean_over_rows`."""
@@ -182,7 +185,7 @@ class PointStats(_Rows):
       completions: [B].
       desirable: bool [B], the label of unpaired feedback.
       rewards: [B], for methods that select.
-      mismatched: Completions of other prompts [B], from which KTO estimates the KL.
+      mismatched: `Sequences` of other prompts [B], from which KTO estimates the KL.
       density_ratio: [B], p(desirable)/p(undesirable) of the prompt, for BCO.
       beliefs: See `Beliefs`.
       running: Running mean of rewards, for BCO.
@@ -192,9 +195,9 @@ class PointStats(_Rows):
     completions: Sequences
     desirable: Given = None
     rewards: Given = None
-    mismatched: Sequences | None = None
+    mismatched: Given = None
     density_ratio: Given = None
-    beliefs: Beliefs | None = None
+    beliefs: Given = None
     running: RunningMean | None = None
     valid: Given = None
 
@@ -214,7 +217,7 @@ class PairStats(_Rows):
     Attributes:
       chosen: [B].
       rejected: [B].
-      target: [B], a supervised answer, for SLiC-HF.
+      target: `Sequences` [B], a supervised answer, for SLiC-HF.
       objective_margins: [B, J], score of the chosen minus score of the rejected completion under
         the other objectives, for MODPO.
       beliefs: See `Beliefs`.
@@ -224,9 +227,9 @@ class PairStats(_Rows):
 
     chosen: Sequences
     rejected: Sequences
-    target: Sequences | None = None
+    target: Given = None
     objective_margins: Given = None
-    beliefs: Beliefs | None = None
+    beliefs: Given = None
     running: RunningMean | None = None
     valid: Given = None
 
