@@ -65,20 +65,18 @@ class GroupDistributionalPO(Options):
     score_belief: bool = False
 
 
+def _preference_needs(config: GroupDistributionalPO) -> tuple[str, ...]:
+    names = needs(config.preference) if config.preference_weight > 0 else ()
+    return (*names, "ref_token_logps") if "ref_logps" in names else names
+
+
 @register(
     "group_distributional_po",
     GroupDistributionalPO,
     PairStats,
     PointStats,
     aliases=("gdpo",),
-    needs=lambda c: (
-        *(name for name in needs(c.preference) if c.preference_weight > 0),
-        "beliefs",
-        "belief_span",
-        "token_logps",
-        "ref_token_logps",
-        "mask",
-    ),
+    needs=lambda c: ("beliefs", "belief_span", "token_logps", "mask", *_preference_needs(c)),
 )
 def group_distributional_po(stats: PairStats | PointStats, config: GroupDistributionalPO) -> Loss:
     """Group distributional preference optimisation; see the module's text.
@@ -103,7 +101,7 @@ def group_distributional_po(stats: PairStats | PointStats, config: GroupDistribu
         loss = loss + config.preference_weight * preference
         name = algorithm_of(config.preference).name
         metrics |= {**found, f"loss/{name}": masked_mean(preference, inner.kept())}
-    if isinstance(stats, PairStats):
+    if isinstance(stats, PairStats) and stats.chosen.ref_token_logps is not None:
         metrics |= margin_shares(stats)
     return loss, metrics
 
