@@ -85,7 +85,7 @@ class LanguageModel:
         return ids
 
     def new_caches(self) -> NewCaches:
-        """Returns the maker of full caches, one per layer with its sliding window."""
+        """Returns the maker of full caches; a layer with a sliding window holds only that."""
         attention = self.config.attention
 
         def make(batch: int, prompt_slots: int, slots: int) -> list[Any]:
@@ -99,6 +99,7 @@ class LanguageModel:
                     self.dtype,
                     window=window,
                     soft_cap=attention.soft_cap,
+                    rolling=window is not None and window < slots,
                 )
                 for window in self.config.layer_windows
             ]
