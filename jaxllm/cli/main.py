@@ -157,6 +157,7 @@ def _add_evaluations(evaluations: Any) -> None:
     haystack.add_argument("--lengths", type=int, nargs="+", default=[1024], metavar="T")
     haystack.add_argument("--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100])
     haystack.add_argument("--needles", type=int, default=3, help="different needles")
+    haystack.add_argument("--metric", choices=("f1", "exact", "rouge"), default="f1")
     haystack.add_argument("--margin", type=int, default=200, help="tokens left to the needle")
     haystack.add_argument("--text", metavar="FILE", help="haystack (default: Shakespeare)")
     babilong = add("babilong", "bAbI questions in long texts under cache plans.")
