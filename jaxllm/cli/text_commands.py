@@ -33,6 +33,9 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         model.prompt_ids(row, f"{origin}: record {number}" if options.prompts else origin)
         for number, row in enumerate(rows, 1)
     ]
+    for number, ids in enumerate(prompts, 1):
+        where = f"{origin}: record {number}" if options.prompts else origin
+        model.check_length(len(ids), where, chunked=options.prefill_chunk is not None)
     sampling = TextSampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -149,6 +152,7 @@ def _pair(model: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[i
             completion = model.need_tokenizer("a text completion").encode(row["completion"])
     if not prompt or not completion:
         raise InputError(f"{where}: prompt and completion need at least one token each")
+    model.check_length(len(prompt) + len(completion) - 1, where)
     return prompt, completion
 
 

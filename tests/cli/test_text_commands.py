@@ -166,6 +166,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     write(tmp_path / "id.jsonl", [{"prompt_ids": [512]}])
     write(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     write(tmp_path / "none.jsonl", [{"prompt": "a"}])
+    write(tmp_path / "long.jsonl", [{"prompt_ids": [5] * 513}])
+    write(tmp_path / "long_pair.jsonl", [{"prompt_ids": [5] * 512, "completion_ids": [5, 5]}])
     write(tmp_path / "qa1.jsonl", [{"input": "a", "question": "b", "target": "moon"}])
     generate = ["generate", "--model", MODEL]
     score = ["logprobs", "--model", MODEL, "--output", tmp_path / "o", "--input"]
@@ -175,6 +177,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ([*generate, "--prompts", tmp_path / "two.jsonl"], "has prompt and prompt_ids"),
         ([*generate, "--prompts", tmp_path / "id.jsonl"], "record 1: prompt_ids: 512 at 0"),
         ([*generate, "--prompts", tmp_path / "chat.jsonl"], "has no chat template"),
+        ([*generate, "--prompts", tmp_path / "long.jsonl"], "record 1: 513 tokens, the model has"),
+        ([*score, tmp_path / "long_pair.jsonl"], "record 1: 513 tokens, the model has 512"),
         ([*generate, "--prompt", "a", "--top-p", 0], "top_p 0.0"),
         ([*generate, "--prompt", "a", "--max-new-tokens", 0], "max_new_tokens 0"),
         ([*generate, "--prompt", "a", "--kv", "headkv:budget=8"], "scores=... is missing"),
