@@ -20,7 +20,7 @@ def get_config() -> ExtractRun:
             image_size=(256, 256),
             channels=3,
             resize="crop",
-            balanced=False,
+            balance=0.0,
         ),
         crops="ten",
         splits=("train", "validation"),

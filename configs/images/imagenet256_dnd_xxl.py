@@ -28,7 +28,7 @@ def get_config(size: str = "XXL", cfg_scale: float = 2.0) -> CodeModelRun:
         model=DnDConfig.of_size(
             size, codebook_size=16384, grid=(16, 16), depth=2, head_layers=(39, 47), remat="full"
         ),
-        data=CodeDataConfig(cache="runs/imagenet256_codes", batch_size=BATCH, balanced=False),
+        data=CodeDataConfig(cache="runs/imagenet256_codes", batch_size=BATCH, balance=0.0),
         optimizer=OptimizerConfig(
             learning_rate=1e-4,
             beta1=0.9,

@@ -39,7 +39,7 @@ def get_config() -> RQTransformerRun:
             class_dropout=0.0,
             remat="full",
         ),
-        data=CodeDataConfig(cache="runs/imagenet256_rq_codes", batch_size=BATCH, balanced=False),
+        data=CodeDataConfig(cache="runs/imagenet256_rq_codes", batch_size=BATCH, balance=0.0),
         optimizer=OptimizerConfig(
             learning_rate=5e-4,
             schedule="cosine",

@@ -31,7 +31,7 @@ DATA = ImageDataConfig(
     image_size=(256, 256),
     channels=3,
     resize="crop",
-    balanced=False,
+    balance=0.0,
     batch_size=BATCH,
 )
 

@@ -30,7 +30,7 @@ def get_config() -> TokenizerRun:
         channels=3,
         flip=False,
         jitter=0,
-        balanced=False,
+        balance=0.0,
         unconditional=True,
         batch_size=256,
     )

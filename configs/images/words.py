@@ -70,7 +70,7 @@ def get_config() -> WordsRun:
                 dropout=0.0,
                 remat="dots",
             ),
-            data=CodeDataConfig(batch_size=64, random_crop=False, balanced=False),
+            data=CodeDataConfig(batch_size=64, random_crop=False, balance=0.0),
             optimizer=OptimizerConfig(
                 learning_rate=2e-3,
                 schedule="cosine",

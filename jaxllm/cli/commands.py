@@ -173,11 +173,24 @@ def _eval_images(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def convert(options: argparse.Namespace) -> dict[str, Any]:
-    """Imports an official checkpoint, or reads a language model and writes it again."""
-    if options.kind == "hf":
-        from jaxllm.cli.text_commands import convert_hf
+    """Imports a checkpoint as a run folder, or exports a language model for transformers."""
+    *form, options.to = options.to
+    if form not in ([], ["hf"]):
+        raise InputError(f"--to {' '.join(form)} {options.to}: expected --to DIR or --to hf DIR")
+    if options.kind is None and not form:
+        raise InputError("--from says what the source is; only --to hf DIR does without")
+    text = options.kind == "hf" or bool(form)
+    if form and options.kind not in (None, "hf"):
+        raise InputError(f"--to hf writes language models, not what --from {options.kind} reads")
+    image_options = ("ema", "heads", "head_layers", "grid") if text else ()
+    for name in (*image_options, *(() if form else ("dtype",))):
+        if getattr(options, name):
+            meant = "--to hf" if name == "dtype" else "--from dnd and llamagen"
+            raise InputError(f"--{name.replace('_', '-')} is an option of {meant}")
+    if text:
+        from jaxllm.cli.text_commands import export_hf, import_hf
 
-        return convert_hf(options)
+        return (export_hf if form else import_hf)(options)
     from jaxllm.hub.official import ImportOptions
     from jaxllm.images.convert import convert as run
 
@@ -189,7 +202,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
             ema=options.ema,
             heads=options.heads,
             head_layers=None if options.head_layers is None else tuple(options.head_layers),
-            grid=tuple(options.grid),
+            grid=tuple(options.grid or (16, 16)),
         ),
     )
 

@@ -15,6 +15,8 @@ from jaxllm.evals.long_context import (
     MAX_NEW_TOKENS,
     LongContextRecord,
     babilong_record,
+    best_exact_match,
+    best_rouge_l,
     longbench_record,
     loogle_records,
     qa_f1,
@@ -53,19 +55,20 @@ def heads(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def haystack(options: argparse.Namespace) -> dict[str, Any]:
-    """Asks for needles and scores the answers by token F1."""
+    """Asks for needles and scores the answers."""
     model = load_language_model(options.model)
     cases = []
     for example in _examples(model, options.kind, options):
         limit = options.max_new_tokens or len(example.answer_ids)
         cut = example.question_start
-        question = Question(example.prompt_ids[cut:], _f1_of(example.answer), limit)
+        question = Question(example.prompt_ids[cut:], _judge(options, example.answer), limit)
         cases.append(Case(example.prompt_ids[:cut], (question,)))
     return _table(model, cases, options)
 
 
-def _f1_of(answer: str) -> Callable[[str], float]:
-    return lambda text: qa_f1(text, [answer])
+def _judge(options: argparse.Namespace, answer: str) -> Callable[[str], float]:
+    metric = {"f1": qa_f1, "exact": best_exact_match, "rouge": best_rouge_l}[options.metric]
+    return lambda text: metric(text, [answer])
 
 
 def records(options: argparse.Namespace) -> dict[str, Any]:

@@ -90,15 +90,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_evaluations(evaluations)
 
-    convert = add("convert", "Import an official checkpoint, or copy a language model.", "convert")
-    convert.add_argument("--from", dest="kind", required=True, choices=("dnd", "llamagen", "hf"))
-    convert.add_argument("source", metavar="SOURCE", help="checkpoint file or its folder")
-    convert.add_argument("--to", required=True, metavar="DIR")
+    convert = add("convert", "Import a checkpoint as a run, or export a language model.", "convert")
+    convert.add_argument("--from", dest="kind", choices=("dnd", "llamagen", "hf"))
+    convert.add_argument("source", metavar="SOURCE", help="checkpoint file, its folder, or a run")
+    convert.add_argument(
+        "--to", required=True, nargs="+", metavar="DIR", help="a run folder; hf DIR: transformers'"
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of hf files")
     convert.add_argument("--ema", action="store_true", help="take the averaged weights")
     convert.add_argument("--heads", type=int)
     convert.add_argument("--head-layers", type=int, nargs="+", metavar="L", help="0-indexed")
-    convert.add_argument("--grid", type=int, nargs=2, default=(16, 16), metavar=("ROWS", "COLS"))
+    convert.add_argument(
+        "--grid", type=int, nargs=2, metavar=("ROWS", "COLS"), help="of codes (default: 16 16)"
+    )
 
     heads = add("heads", "Measure how much each attention head retrieves (HeadKV).", "heads")
     heads.add_argument("--model", required=True, metavar="DIR")
@@ -153,6 +157,7 @@ def _add_evaluations(evaluations: Any) -> None:
     haystack.add_argument("--lengths", type=int, nargs="+", default=[1024], metavar="T")
     haystack.add_argument("--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100])
     haystack.add_argument("--needles", type=int, default=3, help="different needles")
+    haystack.add_argument("--metric", choices=("f1", "exact", "rouge"), default="f1")
     haystack.add_argument("--margin", type=int, default=200, help="tokens left to the needle")
     haystack.add_argument("--text", metavar="FILE", help="haystack (default: Shakespeare)")
     babilong = add("babilong", "bAbI questions in long texts under cache plans.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         model.prompt_ids(row, f"{origin}: record {number}" if options.prompts else origin)
         for number, row in enumerate(rows, 1)
     ]
+    for number, ids in enumerate(prompts, 1):
+        where = f"{origin}: record {number}" if options.prompts else origin
+        model.check_length(len(ids), where, chunked=options.prefill_chunk is not None)
     sampling = TextSampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -148,15 +152,47 @@ def _pair(model: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[i
             completion = model.need_tokenizer("a text completion").encode(row["completion"])
     if not prompt or not completion:
         raise InputError(f"{where}: prompt and completion need at least one token each")
+    model.check_length(len(prompt) + len(completion) - 1, where)
     return prompt, completion
 
 
-def convert_hf(options: argparse.Namespace) -> dict[str, Any]:
-    """Reads a Hugging Face folder, checking every tensor, and writes it as another one."""
-    from jaxllm.hub.hf_folder import load_decoder, save_decoder
+def import_hf(options: argparse.Namespace) -> dict[str, Any]:
+    """Reads a Hugging Face folder, checking every tensor, and writes it as a run folder."""
+    from jaxllm.data.text_tokenizers import TextTokenizerConfig
+    from jaxllm.hub.hf_folder import is_hf_folder
+    from jaxllm.training.finished_run import check_new_folder, write_finished_run
+    from jaxllm.training.language_model import JOB, LanguageModelRun, model_identity
 
-    config, blueprint, params = load_decoder(options.source)
-    save_decoder(
-        options.to, config, params, dtype=options.dtype or "float32", source=options.source
+    check_new_folder(Path(options.to))
+    if not is_hf_folder(options.source):
+        raise InputError(f"{options.source}: no config.json with a model_type, expected one")
+    model = load_language_model(options.source)
+    # The end marks may be more than the tokenizer's one; they stay where folders keep them.
+    files = {"generation_config.json": json.dumps({"eos_token_id": list(model.eos)}).encode()}
+    write_finished_run(
+        Path(options.to),
+        job=JOB,
+        config=LanguageModelRun(model.config, TextTokenizerConfig(str(options.source))),
+        identity=model_identity(model.config, model.tokenizer),
+        params=model.params,
+        extra={},
+        files=files | ({} if model.tokenizer is None else dict(model.tokenizer.files)),
     )
-    return {"to": options.to, "parameters": blueprint.parameter_count}
+    return {"to": options.to, "parameters": model.blueprint.parameter_count}
+
+
+def export_hf(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes a run or a Hugging Face folder as a folder that transformers loads."""
+    from jaxllm.hub.hf_folder import is_hf_folder, save_decoder
+
+    model = load_language_model(options.source)
+    save_decoder(
+        options.to,
+        model.config,
+        model.params,
+        dtype=options.dtype or "float32",
+        source=options.source if is_hf_folder(options.source) else None,
+        tokenizer=model.tokenizer,
+        eos=model.eos,
+    )
+    return {"to": options.to, "parameters": model.blueprint.parameter_count}

@@ -79,12 +79,16 @@ class ImageDataConfig:
     """Mirror half of the training images."""
     jitter: int = 1
     """Largest shift in pixels of padded training images."""
-    balanced: bool = True
-    """Repeat images of rare classes so that every class is drawn equally often (not for `tfds`,
-    whose labels are not read beforehand)."""
+    balance: float = 1.0
+    """How far classes of unequal size are evened out, between 0, which draws every image equally
+    often, and 1, every class: a class of n images is drawn in proportion to n^(1 - balance) (not
+    for `tfds`, whose labels are not read beforehand)."""
     unconditional: bool = False
     """Give every image the label 0."""
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_balance(self.balance)
 
     @property
     def resolved_source(self) -> str:
@@ -235,14 +239,26 @@ def _finish(
                 f"{config.folder or config.jsonl}: class {names[label]!r} has {len(mine)} images, "
                 f"too few for {split}"
             )
-    chosen = balance(rows) if split == "train" and config.balanced else np.concatenate(rows)
+    chosen = balance(rows, config.balance if split == "train" else 0.0)
     return Subset(source, chosen, config.unconditional)
 
 
-def balance(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the rows of all classes, those of rarer ones repeated up to the largest class."""
+def check_balance(share: float) -> None:
+    """Raises InputError unless `share` is between 0 and 1."""
+    if not 0 <= share <= 1:
+        raise InputError(f"data.balance {share} must be between 0 (by image) and 1 (by class)")
+
+
+def balance(rows: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """Returns the rows of all classes, those of rarer ones repeated.
+
+    Args:
+      rows: Row numbers of each class; n of the largest.
+      share: A class of m rows is repeated to `m (n / m)^share`: 0 not at all, 1 up to n.
+    """
     most = max(len(part) for part in rows)
-    return np.concatenate([np.resize(part, most) for part in rows])
+    sizes = [round(len(part) * (most / len(part)) ** share) for part in rows]
+    return np.concatenate([np.resize(part, size) for part, size in zip(rows, sizes, strict=True)])
 
 
 def _rows_of_split(rows: np.ndarray, split: Split) -> np.ndarray:

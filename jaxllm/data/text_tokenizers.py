@@ -450,6 +450,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
     )
     roles = ("bos_token", "eos_token", "pad_token")
-    config = {**dict.fromkeys(roles, END_OF_TEXT), TRAINED: vocab_size}
+    # The class by which transformers finds a tokenizer.json whatever the model beside it.
+    transformers_class = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {**dict.fromkeys(roles, END_OF_TEXT), **transformers_class, TRAINED: vocab_size}
     files = {JSON: library.to_str().encode(), CONFIG: json.dumps(config, indent=2).encode()}
     return tokenizer_from_files(files, "the trained tokenizer")

@@ -84,8 +84,33 @@ class LanguageModel:
             raise InputError(f"{where}: the prompt has no tokens; a model needs at least one")
         return ids
 
+    def check_length(self, count: int, where: str, *, chunked: bool = False) -> None:
+        """Refuses more tokens than the model has positions for.
+
+        Rotary positions go on beyond those of training, but models do not follow: that is allowed
+        to who asks for it by prefilling in chunks, and to models that were stretched.
+
+        Args:
+          count: Tokens.
+          where: Names them in the error.
+          chunked: Whether the prompt is prefilled in chunks.
+
+        Raises:
+          InputError: Too many.
+        """
+        config = self.config
+        stretched = config.rope is not None and config.rope.scaling != "none"
+        if count <= config.max_positions or (
+            not config.learned_positions and (chunked or stretched)
+        ):
+            return
+        advice = "" if config.learned_positions else "; --prefill-chunk N goes beyond them"
+        raise InputError(
+            f"{where}: {count} tokens, the model has {config.max_positions} positions{advice}"
+        )
+
     def new_caches(self) -> NewCaches:
-        """Returns the maker of full caches, one per layer with its sliding window."""
+        """Returns the maker of full caches; a layer with a sliding window holds only that."""
         attention = self.config.attention
 
         def make(batch: int, prompt_slots: int, slots: int) -> list[Any]:
@@ -99,6 +124,7 @@ class LanguageModel:
                     self.dtype,
                     window=window,
                     soft_cap=attention.soft_cap,
+                    rolling=window is not None and window < slots,
                 )
                 for window in self.config.layer_windows
             ]

@@ -213,7 +213,7 @@ class DenseCache:
       window: Sliding window of the attention, None for none.
       soft_cap: Soft cap of the scores, None for none.
       rolling: Overwrite the oldest slot when all are used. With S at least `window` nothing a
-        query may see is lost, provided only the first `extend` has padding.
+        query may see is lost.
     """
 
     keys: jax.Array
@@ -277,19 +277,24 @@ class DenseCache:
         )
 
     def _append_shifting(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
-        """Keeps the last S of the held entries, oldest first, and the new ones."""
+        """Keeps the last S of the held entries and the new ones, empty ones and padding first."""
         # Slot `fill mod S` is the oldest; while slots are unused, what comes first is empty.
-        order = (jnp.arange(self.length) + self.fill) % self.length
+        oldest_first = (jnp.arange(self.length) + self.fill) % self.length
+        order = jnp.concatenate([oldest_first, self.length + jnp.arange(k.shape[1])])
+        both = jnp.concatenate([self.positions, positions], axis=1)[:, order]
+        # Padding of a later turn lies between entries of a row, which it must not push out.
+        last = jnp.argsort(both >= 0, axis=1, stable=True)[:, -self.length :]
+        slots = order[last][:, None, :, None]
 
-        def last(held: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            both = jnp.concatenate([jnp.take(held, order, axis), new.astype(held.dtype)], axis)
-            return jax.lax.slice_in_dim(both, new.shape[axis], None, axis=axis)
+        def kept(held: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.transpose(0, 2, 1, 3).astype(held.dtype)
+            return jnp.take_along_axis(jnp.concatenate([held, new], axis=2), slots, axis=2)
 
         return dataclasses.replace(
             self,
-            keys=last(self.keys, k.transpose(0, 2, 1, 3), 2),
-            values=last(self.values, v.transpose(0, 2, 1, 3), 2),
-            positions=last(self.positions, positions, 1),
+            keys=kept(self.keys, k),
+            values=kept(self.values, v),
+            positions=jnp.take_along_axis(both, last, axis=1),
             fill=jnp.full_like(self.fill, self.length),
         )
 
@@ -318,8 +323,7 @@ class DenseCache:
         if self.rolling and k.shape[1] > 1:
             # What the new entries push out is still in sight of the first of them.
             held = self._grown(k.shape[1]).append(k, v, positions)
-            tail = min(k.shape[1], self.length)
-            after = self._append_shifting(k[:, -tail:], v[:, -tail:], positions[:, -tail:])
+            after = self._append_shifting(k, v, positions)
         else:
             held = after = self.append(k, v, positions)
         q_BKGTH = grouped(q, k.shape[2])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.errors import InputError
-from jaxllm.evals.text import rouge_l, token_f1
+from jaxllm.evals.text import character_similarity, exact_match, rouge_l, token_f1
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def loogle_records(row: Mapping[str, Any], where: str) -> list[LongContextRecord
         raise InputError(f"{where}: qa_pairs is not a list of pairs")
     return [
         LongContextRecord(
-            task="loogle_shortdep_qa" if "S" in pair else "loogle_longdep_qa",
+            task=_loogle_task(pair),
             context=context,
             question=_text(pair, "Q", f"{where}: pair {number}"),
             answers=_texts([pair.get("A")], "A", f"{where}: pair {number}"),
@@ -99,6 +99,15 @@ def loogle_records(row: Mapping[str, Any], where: str) -> list[LongContextRecord
         )
         for number, pair in enumerate(pairs)
     ]
+
+
+def _loogle_task(pair: Mapping[str, Any]) -> str:
+    """Returns the task of a question: long ones may say which of four kinds they are."""
+    kind = str(pair.get("type", "")).lower()
+    for word in ("comprehension", "retrieval", "timeline", "computation"):
+        if word in kind:
+            return f"loogle_{word}"
+    return "loogle_shortdep_qa" if "S" in pair and not kind else "loogle_longdep_qa"
 
 
 def babilong_record(row: Mapping[str, Any], task: str, where: str) -> LongContextRecord:
@@ -183,6 +192,41 @@ def best_rouge_l(prediction: str, answers: Sequence[str]) -> float:
     return max(rouge_l(prediction, answer).f1 for answer in answers)
 
 
+def best_exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the prediction is one of the references after SQuAD normalisation."""
+    return float(any(exact_match(prediction, answer) for answer in answers))
+
+
+def number_share(prediction: str, answers: Sequence[str]) -> float:
+    """LongBench's score of counts and paragraph numbers: how much of what is named is right.
+
+    The share of the numbers in the prediction that equal the first number of the answer, which is
+    such as `12` or `Paragraph 12`.
+
+    Raises:
+      InputError: An answer without a number.
+    """
+
+    def score(answer: str) -> float:
+        wanted = re.search(r"\d+", answer)
+        if wanted is None:
+            raise InputError(f"answer {answer!r} has no number, which its task needs")
+        named = re.findall(r"\d+", prediction)
+        return named.count(wanted[0]) / len(named) if named else 0.0
+
+    return max(map(score, answers))
+
+
+def code_similarity(prediction: str, answers: Sequence[str]) -> float:
+    """LongBench's score of code: character similarity of the first line that is code.
+
+    Lines with a backquote, `#` or `//` are comments or prose.
+    """
+    lines = prediction.lstrip("\n").split("\n")
+    code = next((line for line in lines if not re.search("`|#|//", line)), "")
+    return max(character_similarity(code, answer) for answer in answers)
+
+
 def classification(prediction: str, answers: Sequence[str], labels: Sequence[str]) -> float:
     """LongBench's score of a closed set: 1 / (labels named) if the right one is among them.
 
@@ -235,6 +279,8 @@ def _targets(target: str) -> list[str]:
 _QA = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa")
 _LOOGLE_QA = ("loogle_shortdep_qa", "loogle_longdep_qa")
 _SUMMARIES = ("gov_report", "qmsum", "multi_news", "samsum", "loogle_summarization")
+_NUMBERS = ("passage_count", "passage_retrieval_en")
+_CODE = ("lcc", "repobench-p")
 _CLOSED = ("trec",)
 _FIRST_LINE = ("trec", "triviaqa", "samsum")
 MAX_NEW_TOKENS: Mapping[str, int] = {
@@ -244,9 +290,24 @@ MAX_NEW_TOKENS: Mapping[str, int] = {
     "hotpotqa": 32,
     "2wikimqa": 32,
     "musique": 32,
+    "loogle_comprehension": 64,
+    "loogle_retrieval": 64,
+    "loogle_timeline": 32,
+    "loogle_computation": 32,
     "babilong": 15,
+    "gov_report": 512,
+    "qmsum": 512,
+    "multi_news": 512,
+    "trec": 64,
+    "triviaqa": 32,
+    "samsum": 128,
+    "passage_count": 32,
+    "passage_retrieval_en": 32,
+    "lcc": 64,
+    "repobench-p": 64,
 }
-"""New tokens in HeadKV's evaluation; BABILong's tasks share one limit."""
+"""New tokens: down to BABILong, whose tasks share one limit, in HeadKV's evaluation; then in
+LongBench's."""
 
 
 def score_record(record: LongContextRecord, prediction: str) -> float:
@@ -266,6 +327,8 @@ def score_record(record: LongContextRecord, prediction: str) -> float:
     metrics: dict[str, Callable[[str, Sequence[str]], float]] = {
         **dict.fromkeys((*_QA, *_LOOGLE_QA), qa_f1),
         **dict.fromkeys(_SUMMARIES, best_rouge_l),
+        **dict.fromkeys(_NUMBERS, number_share),
+        **dict.fromkeys(_CODE, code_similarity),
     }
     if task.startswith("loogle_") and task not in metrics:
         return qa_f1(prediction, record.answers)

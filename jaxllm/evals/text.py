@@ -57,6 +57,14 @@ def rouge_l(prediction: str, reference: str) -> Score:
     return _score(_common_subsequence(predicted, expected), len(predicted), len(expected))
 
 
+def character_similarity(a: str, b: str) -> float:
+    """Twice the longest common subsequence of characters over both lengths; 1 for two empty texts.
+
+    The "ratio" of fuzzy string matching libraries, unrounded.
+    """
+    return 2 * _common_subsequence(list(a), list(b)) / (len(a) + len(b)) if a or b else 1.0
+
+
 def exact_match(prediction: str, reference: str) -> bool:
     """Whether two answers are equal after SQuAD normalisation (`normalise_answer`)."""
     return normalise_answer(prediction) == normalise_answer(reference)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxllm.data.text_tokenizers import Tokenizer, save_tokenizer
 from jaxllm.errors import InputError
 from jaxllm.hub.hf_config import config_to_hf, read_config
 from jaxllm.hub.hf_tensors import Table, tensor_table
@@ -110,6 +111,8 @@ def save_decoder(
     *,
     dtype: Any = None,
     source: str | os.PathLike[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    eos: Sequence[int] = (),
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that transformers loads; the inverse of `load_decoder`.
@@ -123,6 +126,8 @@ def save_decoder(
       dtype: Of the tensors written; None for that of the parameters.
       source: The folder that the model came from: its model type is kept where it can be, and its
         tokenizer, generation settings and special token ids are copied.
+      tokenizer: Of a model without a `source`: its files and special token ids are written.
+      eos: Ids that end a text, of such a model; by default the tokenizer's.
       max_file_bytes: More go into several files with an index.
 
     Raises:
@@ -136,6 +141,10 @@ def save_decoder(
         raise InputError(f"{source}: no config.json with a model_type, expected the source folder")
     origin = {} if source is None else json.loads((Path(source) / "config.json").read_text())
     model_type, written = config_to_hf(config, origin.get("model_type"))
+    if source is None and tokenizer is not None:
+        ends = tokenizer.eos if not eos else eos[0] if len(eos) == 1 else list(eos)
+        ids = (tokenizer.bos, ends, tokenizer.pad)
+        origin = dict(zip(_CARRIED_KEYS, ids, strict=True))
     written |= {name: origin[name] for name in _CARRIED_KEYS if name in origin}
     slots = model_slots(tensor_table(model_type, config).rules, decoder(config))
     leaves = {
@@ -154,6 +163,8 @@ def save_decoder(
             for name in _COMPANIONS if source is not None else ():
                 if (Path(source) / name).is_file():  # type: ignore[arg-type]
                     shutil.copyfile(Path(source) / name, partial / name)  # type: ignore[arg-type]
+            if source is None and tokenizer is not None:
+                save_tokenizer(tokenizer, partial)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)

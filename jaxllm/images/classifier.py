@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,15 @@ class Scorer:
         Args:
           images: float32 [n, H, W, channels] in [-1, 1].
         """
+        features, probabilities = [], []
+        for batch, real in padded_batches({"image": images}, EVAL_BATCH):
+            feature, probability = self._compiled(self.params, batch["image"])
+            features.append(np.asarray(feature)[:real])
+            probabilities.append(np.asarray(probability)[:real])
+        return np.concatenate(features), np.concatenate(probabilities)
+
+    @cached_property
+    def _compiled(self) -> Callable[[Any, Any], tuple[jax.Array, jax.Array]]:
         blueprint = classifier_blueprint(self.config)
 
         def run(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,13 +125,7 @@ class Scorer:
             features = model.features(batch)
             return features, jax.nn.softmax(model.logits(features))
 
-        compiled = jax.jit(run)
-        features, probabilities = [], []
-        for batch, real in padded_batches({"image": images}, EVAL_BATCH):
-            feature, probability = compiled(self.params, batch["image"])
-            features.append(np.asarray(feature)[:real])
-            probabilities.append(np.asarray(probability)[:real])
-        return np.concatenate(features), np.concatenate(probabilities)
+        return jax.jit(run)
 
     def accuracy(self, examples: Batch) -> float:
         """Returns the share of examples whose label is the most likely class."""

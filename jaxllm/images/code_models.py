@@ -111,7 +111,7 @@ def code_model_job(run: AnyCodeRun) -> Job:
         init=init,
         step=make_step(code_loss, blueprint.build, optimizer, run.optimizer),
         batches=Batches(
-            train_codes.balanced() if run.data.balanced else train_codes,
+            train_codes.balanced(run.data.balance),
             run.data.batch_size,
             run.loop.seed,
             DrawCrop(run.data.random_crop),

@@ -57,10 +57,10 @@ class CodeSource:
         shard, row = divmod(index, self.meta["shard_size"])
         return {"codes": self.shards[shard][row], "label": np.int32(self.labels[index])}
 
-    def balanced(self) -> Subset:
-        """Returns the codes with rare classes repeated until every class is drawn equally often."""
+    def balanced(self, share: float) -> Subset:
+        """Returns the codes with those of rare classes repeated (see `balance`)."""
         rows = [np.flatnonzero(self.labels == i) for i in range(len(self.class_names))]
-        return Subset(self, balance([part for part in rows if len(part)]))
+        return Subset(self, balance([part for part in rows if len(part)], share))
 
     @property
     def class_names(self) -> list[str]:
@@ -203,7 +203,7 @@ def extract_codes(
     quantizer = model.config.quantizer
     if quantizer.size > 2**16:
         raise InputError(f"codes of a codebook of {quantizer.size} do not fit uint16")
-    source = open_images(dataclasses.replace(data, balanced=False), split)
+    source = open_images(dataclasses.replace(data, balance=0.0), split)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)  # Written last: its presence means whole.
     shards = range(0, len(source), SHARD)
@@ -247,7 +247,7 @@ def origin(params: Any, extra: Any, data: ImageDataConfig, crops: Crops) -> dict
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path((params, extra)):
         digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-    read = {k: v for k, v in to_plain(data).items() if k not in ("batch_size", "balanced", "flip")}
+    read = {k: v for k, v in to_plain(data).items() if k not in ("batch_size", "balance", "flip")}
     return {"tokenizer": digest.hexdigest(), "data": read, "crops": crops}
 
 

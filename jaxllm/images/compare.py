@@ -7,6 +7,7 @@ training images, say) is the usual reason for numbers that cannot be reproduced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from jaxllm.evals.images import frechet_distance_of_features, inception_score, p
 from jaxllm.images.classifier import Scorer
 
 BATCH = 32
+PART = 64 * BATCH
+"""Images held in memory at a time."""
+Measure = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def compare_folders(
@@ -50,17 +54,17 @@ def compare_folders(
     else:
         scorer = Scorer.load(Path(str(classifier)))
         channels, measure, name = scorer.config.channels, scorer.measure, "FD (not FID)"
-    images = {folder: _read(folder, channels) for folder in (real, fake)}
-    features = {folder: measure(images[folder]) for folder in (real, fake)}
-    if len(images[fake]) < splits:
-        raise InputError(f"{fake}: {len(images[fake])} images are fewer than {splits} splits")
-    neighbours = precision_recall(features[real][0], features[fake][0])
-    score = inception_score(features[fake][1], splits=splits)
+    expected, _ = _measured(real, channels, measure)
+    found, probabilities = _measured(fake, channels, measure)
+    if len(found) < splits:
+        raise InputError(f"{fake}: {len(found)} images are fewer than {splits} splits")
+    neighbours = precision_recall(expected, found)
+    score = inception_score(probabilities, splits=splits)
     return {
         "reference": str(real),
-        "reference images": len(images[real]),
-        "images": len(images[fake]),
-        name: frechet_distance_of_features(features[real][0], features[fake][0]),
+        "reference images": len(expected),
+        "images": len(found),
+        name: frechet_distance_of_features(expected, found),
         "precision": neighbours.precision,
         "recall": neighbours.recall,
         "inception score" if inception else "inception form": score.mean,
@@ -68,23 +72,31 @@ def compare_folders(
     }
 
 
-def _read(folder: Path, channels: int) -> np.ndarray:
+def _measured(folder: Path, channels: int, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features and class probabilities of all images; a part of them is held at a time."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < 4:
         raise InputError(f"{folder}: holds {len(paths)} images, too few to compare")
-    images = [read_image(path, channels) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            raise InputError(
-                f"{path}: {image.shape[1]}x{image.shape[0]} pixels, but {paths[0]} has "
-                f"{images[0].shape[1]}x{images[0].shape[0]}"
-            )
-    return np.stack([normalise(image) for image in images])
+    shape = read_image(paths[0], channels).shape
+    parts = []
+    for start in range(0, len(paths), PART):
+        images = []
+        for path in paths[start : start + PART]:
+            image = read_image(path, channels)
+            if image.shape != shape:
+                raise InputError(
+                    f"{path}: {image.shape[1]}x{image.shape[0]} pixels, but {paths[0]} has "
+                    f"{shape[1]}x{shape[0]}"
+                )
+            images.append(normalise(image))
+        parts.append(measure(np.stack(images)))
+    features, probabilities = zip(*parts, strict=True)
+    return np.concatenate(features), np.concatenate(probabilities)
 
 
-def _inception(weights: Path) -> Any:
+def _inception(weights: Path) -> Measure:
     from jaxllm.hub.torch_files import load_state_dict
     from jaxllm.models.inception import import_inception
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxllm.data.images import ImageDataConfig
+from jaxllm.data.images import ImageDataConfig, check_balance
 from jaxllm.decoding.code_stacks import SamplingConfig
 from jaxllm.errors import InputError
 from jaxllm.models.discriminator import DiscriminatorConfig
@@ -97,8 +97,12 @@ class CodeDataConfig:
     batch_size: int = 64
     random_crop: bool = True
     """Draw one of the stored crops per visit; otherwise always the first."""
-    balanced: bool = True
-    """Repeat images of rare classes so that every class is drawn equally often."""
+    balance: float = 1.0
+    """How far classes of unequal size are evened out, between 0, which draws every image equally
+    often, and 1, every class: a class of n images is drawn in proportion to n^(1 - balance)."""
+
+    def __post_init__(self) -> None:
+        check_balance(self.balance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,11 @@ tokenizer, whose training checkpoints hold its discriminator too.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.images import ImageDataConfig
@@ -31,9 +28,8 @@ from jaxllm.hub.official import (
 from jaxllm.hub.torch_files import load_checkpoint, named_tensors
 from jaxllm.images.config import AdversarialConfig, CodeModelRun, TokenizerRun
 from jaxllm.models.dnd import DnDConfig
-from jaxllm.training.checkpoint import Checkpoints
-from jaxllm.training.run_folder import to_plain, versions, write_json
-from jaxllm.training.state import TrainState, Tree
+from jaxllm.training.finished_run import check_new_folder, write_finished_run
+from jaxllm.training.state import Tree
 
 Kind = Literal["dnd", "llamagen"]
 
@@ -72,8 +68,7 @@ def convert(
     Raises:
       InputError: The source cannot be read or is no such model, or `to` is not an empty folder.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to}: exists and is not an empty folder; choose another target")
+    check_new_folder(to)
     path = find_weights(source)
     tensors, rest = load_checkpoint(path, EMA_KEYS if options.ema else RAW_KEYS)
     if options.ema and not rest:
@@ -83,7 +78,15 @@ def convert(
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     step = _step(rest)
-    _write(found, to, step)
+    write_finished_run(
+        to,
+        job=found.job,
+        config=found.run,
+        identity=found.identity,
+        params=found.params,
+        extra=found.extra,
+        step=step,
+    )
     return {
         "kind": kind,
         "source": str(path),
@@ -169,29 +172,3 @@ def _step(rest: dict[str, Any]) -> int:
     if not isinstance(step, int | np.integer) or not 0 <= step < 2**31:
         return 0
     return int(step)
-
-
-def _write(found: Converted, to: Path, step: int) -> None:
-    state = TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params=found.params,
-        opt_state={},
-        ema=None,
-        extra=found.extra,
-        first_bad=jnp.full((2,), -1, jnp.int32),
-    )
-    identity = to_plain(found.identity)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=".tmp", dir=to.parent))
-    try:
-        plain = {"job": found.job, "config": to_plain(found.run), "identity": identity}
-        write_json(temporary / "config.json", plain)
-        metadata = {"identity": identity, "versions": versions()}
-        checkpoints = Checkpoints(temporary / "checkpoints", metadata=metadata)
-        checkpoints.save(state, step, wait=True)
-        checkpoints.close()
-        temporary.chmod(0o755)  # A folder of mkdtemp is private.
-        temporary.replace(to)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -97,7 +97,7 @@ def run_demo(run: DemoRun, workdir: Path) -> dict[str, Any]:
     start = time.perf_counter()
     generator = Generator.load(workdir / "code_model")
     test = equal_per_class(held_out(data, "test"))
-    real_train = equal_per_class(held_out(dataclasses.replace(data, balanced=False), "train"))
+    real_train = equal_per_class(held_out(dataclasses.replace(data, balance=0.0), "train"))
     codes, _ = generator.sample(test["label"], seed=run.seed, config=run.sampling)
     samples: Batch = {"image": decoder(codes), "label": test["label"]}
     test_codes = encode_images(decoder.blueprint, decoder.params, decoder.extra, test["image"])

@@ -86,7 +86,7 @@ def _write(result: dict[str, Any], folder: Path, began: float) -> None:
 
 def _patches(split: Any) -> dict[str, np.ndarray]:
     """Returns pixel patches float32 [n, cells, PATCH * PATCH] in [0, 1] and labels [n]."""
-    source = open_images(ImageDataConfig(balanced=False), split)
+    source = open_images(ImageDataConfig(balance=0.0), split)
     examples = stack_examples(source)
     pixels = examples["image"].astype(np.float32) / 255.0
     cells = einops.rearrange(pixels, "n (h p) (w q) c -> n (h w) (p q c)", p=PATCH, q=PATCH)

@@ -124,8 +124,14 @@ def language_model_job(
         unit="rows",
         evaluate=evaluate,
         sample=None if sample is None else partial(_write_sample, sample, tokenizer),
-        identity={**to_plain(run.model), "tokenizer": tokenizer.identity},
+        identity=model_identity(run.model, tokenizer),
     )
+
+
+def model_identity(config: DecoderConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Returns what a checkpoint must agree with: the architecture and the tokenizer."""
+    identity = None if tokenizer is None else tokenizer.identity
+    return {**to_plain(config), "tokenizer": identity}
 
 
 def _write_sample(sample: Generate, tokenizer: Tokenizer, state: TrainState, path: Path) -> None:

@@ -101,10 +101,12 @@ def test_heads_are_measured_and_used(tmp_path, capsys):
     saved = json.loads(scores.read_text())
     assert len(saved) == 40 and list(saved)[:2] == ["0-0", "0-1"] and len(saved["4-7"]) == 1
     plans = ["full", f"headkv:scores={scores},budget=24,beta=1.2,ratio=16"]
-    found = output_of(capsys, "eval", "haystack", *common, "--kv", *plans, "--batch", 1)
+    found = output_of(
+        capsys, "eval", "haystack", *common, "--kv", *plans, "--batch", 1, "--metric", "exact"
+    )
     full, tight = found["plans"]
     assert tight["cache bytes per context"] < full["cache bytes per context"]
-    assert full["questions"] == 1 and 0 <= tight["score"] <= 1
+    assert full["questions"] == 1 and tight["score"] in (0, 1)
 
 
 def test_benchmark_files_are_read(tmp_path, capsys):
@@ -122,17 +124,39 @@ def test_benchmark_files_are_read(tmp_path, capsys):
     assert found["contexts"] == 1 and 0 <= found["plans"][0]["score"] <= 1
 
 
-def test_a_converted_folder_is_the_same_model(tmp_path, capsys):
-    to = tmp_path / "copy"
-    assert output_of(capsys, "convert", "--from", "hf", MODEL, "--to", to)["parameters"] == 260032
-    first, second = (load_language_model(folder) for folder in (MODEL, to))
-    assert first.config == second.config and second.eos == first.eos
+def test_a_model_becomes_a_run_and_is_exported_again(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert output_of(capsys, "convert", "--from", "hf", MODEL, "--to", run)["parameters"] == 260032
+    assert output_of(capsys, "convert", run, "--to", "hf", out)["parameters"] == 260032
+    models = [load_language_model(folder) for folder in (MODEL, run, out)]
     tokens = np.array([[1, 403, 407, 261]])
-    logits = [
-        m.blueprint.build(m.params, {}).logits(m.blueprint.build(m.params, {}).hidden(tokens))
-        for m in (first, second)
-    ]
-    np.testing.assert_array_equal(*logits)
+    expected = None
+    for model in models:
+        assert model.config == models[0].config and model.eos == models[0].eos
+        assert model.tokenizer.identity == models[0].tokenizer.identity
+        built = model.blueprint.build(model.params, {})
+        logits = np.asarray(built.logits(built.hidden(tokens)))
+        expected = logits if expected is None else expected
+        np.testing.assert_array_equal(logits, expected)
+    written = json.loads((out / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, 1)
+
+
+def test_conversion_refuses_what_does_not_apply(tmp_path, capsys):
+    for arguments, culprit in (
+        ([MODEL, "--to", tmp_path / "a"], "--from says what the source is"),
+        ([MODEL, "--to", "onnx", tmp_path / "a"], "expected --to DIR or --to hf DIR"),
+        (["--from", "dnd", MODEL, "--to", "hf", tmp_path / "a"], "--to hf writes language models"),
+        (["--from", "hf", MODEL, "--to", tmp_path / "a", "--dtype", "float16"], "--dtype is an"),
+        ([MODEL, "--to", "hf", tmp_path / "a", "--ema"], "--ema is an option of --from dnd"),
+        (["--from", "hf", tmp_path, "--to", tmp_path / "a"], "no config.json with a model_type"),
+        ([MODEL, "--to", "hf", tmp_path], "exists"),
+    ):
+        (tmp_path / "there").touch()
+        assert main(["convert", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert culprit in error and error.count("\n") == 1
+        assert not (tmp_path / "a").exists()
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -142,6 +166,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     write(tmp_path / "id.jsonl", [{"prompt_ids": [512]}])
     write(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     write(tmp_path / "none.jsonl", [{"prompt": "a"}])
+    write(tmp_path / "long.jsonl", [{"prompt_ids": [5] * 513}])
+    write(tmp_path / "long_pair.jsonl", [{"prompt_ids": [5] * 512, "completion_ids": [5, 5]}])
     write(tmp_path / "qa1.jsonl", [{"input": "a", "question": "b", "target": "moon"}])
     generate = ["generate", "--model", MODEL]
     score = ["logprobs", "--model", MODEL, "--output", tmp_path / "o", "--input"]
@@ -151,6 +177,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ([*generate, "--prompts", tmp_path / "two.jsonl"], "has prompt and prompt_ids"),
         ([*generate, "--prompts", tmp_path / "id.jsonl"], "record 1: prompt_ids: 512 at 0"),
         ([*generate, "--prompts", tmp_path / "chat.jsonl"], "has no chat template"),
+        ([*generate, "--prompts", tmp_path / "long.jsonl"], "record 1: 513 tokens, the model has"),
+        ([*score, tmp_path / "long_pair.jsonl"], "record 1: 513 tokens, the model has 512"),
         ([*generate, "--prompt", "a", "--top-p", 0], "top_p 0.0"),
         ([*generate, "--prompt", "a", "--max-new-tokens", 0], "max_new_tokens 0"),
         ([*generate, "--prompt", "a", "--kv", "headkv:budget=8"], "scores=... is missing"),

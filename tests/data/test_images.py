@@ -67,7 +67,7 @@ def test_quickdraw_has_a_thousand_bright_drawings_a_class():
     ("source", "sizes"), [("fashion", (63, 9, 18)), ("quickdraw", (700, 100, 200))]
 )
 def test_splits_are_disjoint_whole_and_stable(source, sizes):
-    config = ImageDataConfig(source=source, balanced=False)
+    config = ImageDataConfig(source=source, balance=0.0)
     parts = {split: open_images(config, split) for split in SPLITS}
     rows = {split: part.rows for split, part in parts.items()}
     everything = np.concatenate(list(rows.values()))
@@ -86,7 +86,12 @@ def test_the_rare_classes_are_repeated_for_training_only():
     assert test.tolist() == [18] * 10 + [200] * 3
     counts = np.bincount(train.rows[: 10 * 700], minlength=900)
     assert set(counts[counts > 0]) == {11, 12}  # 700 = 63 x 11 + 7
-    assert balance([np.array([4, 5]), np.array([7, 8, 9])]).tolist() == [4, 5, 4, 7, 8, 9]
+    assert balance([np.array([4, 5]), np.array([7, 8, 9])], 1.0).tolist() == [4, 5, 4, 7, 8, 9]
+    rare, common = np.arange(2), np.arange(18)
+    sizes = {share: len(balance([rare, common], share)) - 18 for share in (0.0, 0.5, 1.0)}
+    assert sizes == {0.0: 2, 0.5: 6, 1.0: 18}
+    with pytest.raises(InputError, match="balance 1.5 must be between 0"):
+        ImageDataConfig(balance=1.5)
     free = open_images(ImageDataConfig(source="quickdraw", unconditional=True), "test")
     assert set(labels_of(free)) == {0} and free.class_names == ("image",)
 

@@ -8,7 +8,15 @@ from jaxllm.errors import InputError
 
 
 def test_every_folder_has_a_licence_and_lists_all_of_its_files():
-    assert names() == ["fashion_mnist_sprite", "quickdraw3", "stories260K", "text"]
+    assert names() == [
+        "fashion_mnist_sprite",
+        "gdpo_option_map",
+        "pandalm",
+        "quickdraw3",
+        "stories260K",
+        "text",
+        "vader_reviews",
+    ]
     for name in names():
         files = {p.name for p in bundled(name).iterdir()} - {"PROVENANCE.txt"}
         listed = provenance(bundled(name))

@@ -54,8 +54,10 @@ def test_a_second_turn_may_be_padded_too():
     """Row 1 asks a shorter question: its padding lies between its own entries."""
     s = stream([9, 9], 9, 2)
     s.positions[1] = [0, 1, 2, 3, 4, -1, -1, 5, 6]
-    found, _ = extend_all(dense_cache(2, 2, 12, 8), s, (5, 3, 1))
-    check(found, s)
+    for options in ({}, {"window": 4}, {"window": 4, "rolling": True}):
+        for portions in ((5, 3, 1), (2, 5, 1, 1), (7, 2), (9,)):
+            found, _ = extend_all(dense_cache(2, 2, 12, 8, **options), s, portions)
+            check(found, s, window=options.get("window"))
 
 
 def test_long_prompts_are_scored_in_chunks_of_queries(monkeypatch):

@@ -48,7 +48,9 @@ def test_printed_distances_of_the_dpo_optimum():
 
 def test_kl_majority_bias_minority_recall_and_entropy_by_hand():
     q = np.array([0.7, 0.2, 0.1, 0.0])
-    np.testing.assert_allclose(kl_divergence(q, P), sum(a * math.log(a / b) for a, b in zip(q[:3], P, strict=False)))  # noqa: E501
+    np.testing.assert_allclose(
+        kl_divergence(q, P), sum(a * math.log(a / b) for a, b in zip(q[:3], P, strict=False))
+    )  # noqa: E501
     assert kl_divergence(P, q) == np.inf
     np.testing.assert_allclose(majority_bias(P, q), 1.4)
     np.testing.assert_allclose(minority_recall(P, q), 0.1 / 0.2)

@@ -11,6 +11,7 @@ from jaxllm.data.records import read_jsonl
 from jaxllm.errors import InputError
 from jaxllm.evals.long_context import (
     BABILONG_LABELS,
+    MAX_NEW_TOKENS,
     LongContextRecord,
     babilong_record,
     best_rouge_l,
@@ -72,6 +73,16 @@ def test_loogle_rows_of_both_releases():
     for bad in ("[{'Q': f()}]", "[1, 2]", "__import__('os')"):
         with pytest.raises(InputError, match="f:2: qa_pairs is not a list of pairs"):
             loogle_records({**old, "qa_pairs": bad}, "f:2")
+    kinds = {
+        "Multiple information retrieval": "retrieval",
+        "Timeline reorder": "timeline",
+        "Computation": "computation",
+        "Comprehension and reasoning": "comprehension",
+        "Other": "longdep_qa",
+    }
+    for kind, task in kinds.items():
+        (record,) = loogle_records({**old, "qa_pairs": [{**pairs[0], "type": kind}]}, "f:2")
+        assert record.task == f"loogle_{task}" and MAX_NEW_TOKENS.get(record.task, 64) in (32, 64)
     with pytest.raises(InputError, match="pair 1: field 'Q'"):
         loogle_records({**old, "qa_pairs": [pairs[0], {"A": "x"}]}, "f:2")
 
@@ -162,5 +173,15 @@ def test_every_task_has_its_own_metric():
     assert score_record(record("trec", ("Date",), ("Date", "City")), "Date\nCity") == 1
     rooms = BABILONG_LABELS["qa1"]
     assert score_record(record("qa1", ("garden",), rooms), "in the garden.") == 1
-    with pytest.raises(InputError, match="task 'lcc' has no metric here"):
-        score_record(record("lcc"), "x")
+    assert score_record(record("passage_count", ("12",)), "12, or 3, or 12") == 2 / 3
+    assert score_record(record("passage_count", ("12",)), "none") == 0
+    found = score_record(record("passage_retrieval_en", ("Paragraph 7",)), "Paragraph 7.")
+    assert found == 1
+    with pytest.raises(InputError, match="'seven' has no number"):
+        score_record(record("passage_count", ("seven",)), "7")
+    # Of "x = 1" and "x = y" four of five characters agree.
+    code = "\n# a comment\nx = y\nreturn x"
+    assert score_record(record("lcc", ("x = 1",)), code) == pytest.approx(8 / 10)
+    assert score_record(record("repobench-p", ("x",)), "```\n```") == 0
+    with pytest.raises(InputError, match="task 'dureader' has no metric here"):
+        score_record(record("dureader"), "x")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,11 +17,19 @@ transformers = pytest.importorskip("transformers")
 from hf_reference import CONFIGS, logits, tokens, torch_logits, torch_model  # noqa: E402
 from published_configs import PUBLISHED  # noqa: E402
 
+from jaxllm.cli.main import main  # noqa: E402
+from jaxllm.data.text_tokenizers import train_bpe  # noqa: E402
 from jaxllm.hub.hf_config import config_from_hf  # noqa: E402
 from jaxllm.hub.hf_folder import load_decoder, save_decoder  # noqa: E402
 from jaxllm.hub.hf_tensors import tensor_table  # noqa: E402
 from jaxllm.hub.layouts import model_slots  # noqa: E402
 from jaxllm.models.decoder import decoder  # noqa: E402
+from jaxllm.training.finished_run import write_finished_run  # noqa: E402
+from jaxllm.training.language_model import (  # noqa: E402
+    JOB,
+    LanguageModelRun,
+    model_identity,
+)
 
 EIGHT = {"num_attention_heads": 8, "head_dim": 4, "num_hidden_layers": 2}
 LINEAR = {"rope_type": "linear", "factor": 2.5}
@@ -72,6 +81,36 @@ def test_several_files_are_read_by_both(tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, tensor in reference.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_trained_run_is_exported_with_its_tokenizer(tmp_path, capsys):
+    """`jaxllm convert RUN --to hf DIR`: text in, the same ids and logits in transformers."""
+    text = "Once upon a time there was a tokenizer of its own. " * 3
+    tokenizer = train_bpe([text], 300)
+    config = config_from_hf(CONFIGS["llama"] | {"model_type": "llama", "vocab_size": 320})[1]
+    blueprint = decoder(config)
+    params, _ = blueprint.init(jax.random.key(0))
+    write_finished_run(
+        tmp_path / "run",
+        job=JOB,
+        config=LanguageModelRun(config),
+        identity=model_identity(config, tokenizer),
+        params=params,
+        extra={},
+        files=tokenizer.files,
+    )
+    assert main(["convert", f"{tmp_path}/run", "--to", "hf", f"{tmp_path}/hf"]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+    assert theirs(text).input_ids == ids and theirs.eos_token_id == tokenizer.eos
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    )
+    assert again.config.eos_token_id == tokenizer.eos
+    ids = tokens(config.vocab_size)
+    np.testing.assert_allclose(
+        torch_logits(again, ids), logits(blueprint, params, ids), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -103,7 +103,7 @@ def test_held_out_codes_are_those_of_the_prepared_images(tokenizer, folders, tmp
 def test_several_shards_are_one_source(tokenizer, folders, cache):
     source = open_codes(cache)
     assert len(source) == 16 and [len(s) for s in source.shards] == [5, 5, 5, 1]
-    images = open_images(settings(folders, balanced=False), "train")
+    images = open_images(settings(folders, balance=0.0), "train")
     views = np.stack([crops_of(images[i]["image"], settings(folders), "ten") for i in range(16)])
     expected = encoded(tokenizer, normalise(views.reshape(160, 32, 32, 1)))
     for index in range(16):
@@ -115,7 +115,8 @@ def test_several_shards_are_one_source(tokenizer, folders, cache):
 
 def test_balanced_codes_repeat_the_rarer_class(cache):
     source = open_codes(cache)
-    drawn = source.balanced()
+    assert len(source.balanced(0.0)) == len(source)
+    drawn = source.balanced(1.0)
     assert [drawn[i]["label"] for i in range(len(drawn))] == [0] * 10 + [1] * 10
     np.testing.assert_array_equal(drawn[7]["codes"], source[1]["codes"])
 

@@ -57,6 +57,14 @@ def test_distance_and_scores_by_hand(tmp_path, stub):
     assert "FID" not in found and "inception score" not in found
 
 
+def test_images_are_measured_in_parts(tmp_path, stub, monkeypatch):
+    real = write(tmp_path / "real", SQUARE)
+    fake = write(tmp_path / "fake", [(x + 60, y) for x, y in SQUARE])
+    whole = compare_folders(real, fake, classifier=tmp_path, splits=2)
+    monkeypatch.setattr(compare, "PART", 3)
+    assert compare_folders(real, fake, classifier=tmp_path, splits=2) == whole
+
+
 def test_images_are_found_in_sub_folders(tmp_path, stub):
     real = write(tmp_path / "real", SQUARE)
     write(tmp_path / "nested" / "a", SQUARE[:2])

@@ -50,7 +50,7 @@ def test_codes_do_not_depend_on_shards_and_batches(shard, batch_size, tmp_path, 
     # The training split, since only there classes could be repeated.
     how = {"crops": "ten", "batch_size": batch_size}
     found = extract_codes(blueprint, params, extra, DATA, "train", tmp_path, **how)
-    source = open_images(dataclasses.replace(DATA, balanced=False), "train")
+    source = open_images(dataclasses.replace(DATA, balance=0.0), "train")
     assert max(most) <= batch_size
     assert (len(found), found.meta["shards"]) == (len(source), -(-len(source) // shard))
     for row in range(len(source)):

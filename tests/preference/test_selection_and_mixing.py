@@ -52,12 +52,12 @@ def test_regularised_best_of_n_prefers_what_is_near():
 
 
 def test_mbr_takes_the_candidate_nearest_to_the_others():
-    texts = [1.0, 1.2, 1.1, 9.0]
+    texts = [1.0, 1.2, 1.1, 9.0, 0.5]
     utility = -np.abs(np.subtract.outer(texts, texts))[None]
     assert mbr(utility).tolist() == [2]
     # All weight on the outlier makes it the answer.
-    assert mbr(utility, [[0.0, 0.0, 0.0, 1.0]]).tolist() == [3]
-    np.testing.assert_allclose(mbr_utility(utility)[0, 0], -(0.2 + 0.1 + 8) / 4)
+    assert mbr(utility, [[0.0, 0.0, 0.0, 1.0, 0.0]]).tolist() == [3]
+    np.testing.assert_allclose(mbr_utility(utility)[0, 0], -(0.2 + 0.1 + 8 + 0.5) / 5)
 
 
 def test_weighted_vote():
@@ -136,7 +136,9 @@ def test_best_block():
 def test_the_reference_moves_every_so_many_steps():
     config = TRDPO(alpha=0.6, every=4)
     reference, policy = {"w": jnp.asarray([1.0])}, {"w": jnp.asarray([2.0])}
-    moved = [float(moved_reference(config, reference, policy, jnp.asarray(s))["w"][0]) for s in range(6)]  # noqa: E501
+    moved = [
+        float(moved_reference(config, reference, policy, jnp.asarray(s))["w"][0]) for s in range(6)
+    ]
     np.testing.assert_allclose(moved, [1, 1, 1, 1, 1.6, 1], rtol=1e-6)
     # A reference is never touched by a policy that has gone wrong between two moves.
     broken = {"w": jnp.asarray([jnp.nan])}

@@ -68,7 +68,7 @@ def tokenizer_run(quantizer=None, **changes):
         ("--loop.profile None", "loop.profile", None),
         ("--loop.trackers tensorboard wandb", "loop.trackers", ("tensorboard", "wandb")),
         ("--loop.compile_cache False", "loop.compile_cache", False),
-        ("--data.balanced True", "data.balanced", True),
+        ("--data.balance 0.5", "data.balance", 0.5),
         ("--model.grid 4 8", "model.grid", (4, 8)),
         ("--model.head_layers 1 3", "model.head_layers", (1, 3)),
         ("--model.head_layers None", "model.head_layers", None),
