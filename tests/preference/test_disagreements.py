@@ -285,3 +285,19 @@ def test_exo_is_still_at_the_logit_of_its_label():
     stats = PairStats(one(fixed - 20.0, -20.0, 4), one(-20.0, -20.0, 4))
     np.testing.assert_allclose(gradient_coefficient(stats, config).chosen.logps, 0, atol=1e-14)
     np.testing.assert_allclose(preference_loss(stats, config)[0], 0, atol=1e-12)
+
+
+def test_alphapo_by_hand():
+    """Means -2 and -1.75: rewards -10 (e^0.5 - 1) and -10 (e^0.4375 - 1), margin 0.1."""
+    stats = PairStats(one(-12.0, -13.0, 6), one(-14.0, -13.5, 8))
+    gap = 10 * (math.exp(0.5) - math.exp(0.4375))
+    np.testing.assert_allclose(loss_of(stats, "alphapo"), math.log1p(math.exp(gap + 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [("exponential", math.exp(-0.15)), ("truncated_quadratic", 0.85**2)],
+)
+def test_gpo_functions_without_another_name(function, expected):
+    stats = PairStats(one(-12.0, -13.0, 6), one(-14.0, -13.5, 8))
+    np.testing.assert_allclose(loss_of(stats, "gpo", function=function), expected)

@@ -242,7 +242,12 @@ def at_reference(stats):
 
 
 # The reference-free hinge of SLiC-HF is 0 once the margin is there, which is allowed: >= and <=.
-PAIR_NAMES = [name for name, entry in ALGORITHMS.items() if entry.stats == (PairStats,)]
+# DiscoPOP's slope at u = 0 is 5 (1 - ln 2) - 3/4 > 0: it falls only from u = 0.09 on.
+PAIR_NAMES = [
+    name
+    for name, entry in ALGORITHMS.items()
+    if entry.stats == (PairStats,) and name != "discopop"
+]
 
 
 @pytest.mark.parametrize("name", PAIR_NAMES)

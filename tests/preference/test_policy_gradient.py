@@ -211,3 +211,25 @@ def test_reinforce_baselines(stats_of):
     for baseline, b in (("none", 0.0), ("batch_mean", rewards.mean()), ("given", given)):
         loss, _ = preference_loss(stats, algorithm("reinforce").config(baseline=baseline))
         np.testing.assert_allclose(loss, -(rewards - b) * sums, rtol=1e-10)
+
+
+def test_ppo_of_two_tokens_by_hand():
+    """Old values 0.5 and 0.25, reward 1 at the end, no KL.
+
+    delta_2 = 1 - 0.25 = 0.75, delta_1 = 0.25 - 0.5 = -0.25, A_1 = -0.25 + 0.95 * 0.75 = 0.4625.
+    """
+    stats = RolloutStats(
+        logps=jnp.log(jnp.asarray([[0.6, 0.2, 0.9]])),
+        old_logps=jnp.log(jnp.asarray([[0.4, 0.4, 0.1]])),
+        mask=jnp.asarray([[True, True, False]]),
+        rewards=jnp.asarray([1.0]),
+        values=jnp.asarray([[0.9, 0.35, 7.0]]),
+        old_values=jnp.asarray([[0.5, 0.25, 9.0]]),
+    )
+    loss, metrics = preference_loss(stats, PPO(kl_coef=0.0, whiten=False))
+    # Ratios 1.5 and 0.5 with positive advantages: 1.2 clipped and 0.5.
+    policy = -(1.2 * 0.4625 + 0.5 * 0.75) / 2
+    # Returns 0.9625 and 1; the critic moved by 0.4, of which 0.2 counts, and by 0.1.
+    value = (max((0.9 - 0.9625) ** 2, (0.7 - 0.9625) ** 2) + (0.35 - 1.0) ** 2) / 2 / 2
+    np.testing.assert_allclose(loss, [policy + 0.1 * value], rtol=1e-12)
+    np.testing.assert_allclose(metrics["clip_fraction"], 0.5)
