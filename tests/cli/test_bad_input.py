@@ -220,7 +220,7 @@ def test_other_commands(runs, capsys, tmp_path):
         (["plot", tmp_path, "--out", tmp_path / "a.png"], "metrics.jsonl: no such file"),
         ([*plot[:-1], tmp_path / "a.xyz"], "a.xyz: its ending must be one of png, svg, pdf"),
         ([*plot[:-1], tmp_path], "is a folder"),
-        (["data", "mnist"], "data set 'mnist' is not one of fashion_mnist_sprite, quickdraw3"),
+        (["data", "mnist"], "data set 'mnist' is not one of fashion_mnist_sprite, gdpo"),
         (["bench", "dnd", "--repeats", 0], "--repeats, --batch and --threads must be at least 1"),
         (["paint"], "invalid choice: 'paint'"),
         (["sample", "--runs", "x"], "required"),

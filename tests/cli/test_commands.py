@@ -251,7 +251,8 @@ def test_plot_draws_runs_of_one_name_apart(tiny_demo, tmp_path, capsys, monkeypa
 
 def test_data_lists_describes_and_verifies(tmp_path, capsys, monkeypatch):
     listed = output_of(capsys, "data", "--verify")["data sets"]
-    names = ["fashion_mnist_sprite", "quickdraw3", "stories260K", "text"]
+    names = ["fashion_mnist_sprite", "gdpo_option_map", "pandalm", "quickdraw3"]
+    names += ["stories260K", "text", "vader_reviews"]
     assert [row["name"] for row in listed] == names
     assert all(row["verified files"] == row["files"] for row in listed)
     described = output_of(capsys, "data", "quickdraw3")
