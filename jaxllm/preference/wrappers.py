@@ -71,7 +71,10 @@ PairLoss = ReferencePairLoss | SimPO | AlphaPO | CPO | ORPO | SLiC
 
 @dataclass(frozen=True)
 class WPO(Options):
-    """Options of `wpo`: the pair loss, and the largest product of weights (None: no bound)."""
+    """Options of `wpo`: the pair loss, and the largest product of weights.
+
+    None leaves it free, up to e^60, so that a row's loss stays a finite float32.
+    """
 
     base: PairLoss = DPO()
     largest_weight: float | None = above(0, 1.0)
@@ -91,8 +94,8 @@ def wpo(stats: PairStats, config: WPO) -> Loss:
         return (sequences.logps - sequences.collision) / sequences.safe_lengths
 
     log_product = jax.lax.stop_gradient(log_weight(stats.chosen) + log_weight(stats.rejected))
-    if config.largest_weight is not None:
-        log_product = jnp.minimum(log_product, jnp.log(config.largest_weight))
+    largest = config.largest_weight
+    log_product = jnp.minimum(log_product, 60.0 if largest is None else jnp.log(largest))
     weights = jnp.exp(log_product)
     loss, metrics = preference_loss(stats, config.base)
     return weights * loss, {**metrics, "weights": masked_mean(weights, stats.kept())}

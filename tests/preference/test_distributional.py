@@ -110,9 +110,7 @@ def test_gradient_reaches_each_term_where_it_belongs():
     stats = example()
     delta = gradient_coefficient(stats, preset("gdpo"))
     push = 0.1 / (1 + math.exp(0.15))
-    np.testing.assert_allclose(
-        delta.chosen.token_logps, [[0.5, 0.5, push, push]], rtol=1e-12
-    )
+    np.testing.assert_allclose(delta.chosen.token_logps, [[0.5, 0.5, push, push]], rtol=1e-12)
     np.testing.assert_allclose(
         delta.rejected.token_logps, [[0, 0, -push, -push, -push]], rtol=1e-12
     )
@@ -186,9 +184,7 @@ def test_gdpo_is_a_weighted_sum_of_its_terms():
     """The same mechanism: kl + nll + 1/2 of the preference, and the sum of two algorithms."""
     stats = example()
     half = algorithm("gdpo").config(preference_weight=0.5)
-    parts = WeightedSum(
-        (Part(preset("belief_only")), Part(preset("belief_conditioned_dpo"), 0.5))
-    )
+    parts = WeightedSum((Part(preset("belief_only")), Part(preset("belief_conditioned_dpo"), 0.5)))
     loss, metrics = preference_loss(stats, parts)
     np.testing.assert_allclose(loss, preference_loss(stats, half)[0], rtol=1e-12)
     assert metrics["loss/group_distributional_po"] != metrics["loss/group_distributional_po_1"]

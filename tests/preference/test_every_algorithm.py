@@ -1,4 +1,4 @@
-"""What holds for all algorithms: finite at extremes, bf16, padding rows, jit, sharding, refusals."""
+"""What holds for all algorithms: finite at extremes, bf16, padding rows, sharding, refusals."""
 
 import dataclasses
 import json
@@ -26,6 +26,7 @@ from jaxllm.preference import (
 )
 from jaxllm.preference.mixture import PRESETS
 from jaxllm.training.run_folder import from_plain, override, to_plain
+
 
 def is_grouped(config):
     return hasattr(config, "group_size")
@@ -210,9 +211,7 @@ def test_bfloat16_statistics_give_float32_losses(name, stats_of):
     half = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, stats
     )
-    wide = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, half
-    )
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, half)
     loss, metrics = preference_loss(half, config)
     assert loss.dtype == jnp.float32
     close((loss, metrics), preference_loss(wide, config), rtol=0, atol=0)

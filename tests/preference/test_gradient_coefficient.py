@@ -234,9 +234,7 @@ def test_delta_per_token_and_the_form_of_the_survey(stats_of):
 
 def at_reference(stats):
     def equal(s):
-        return dataclasses.replace(
-            s, ref_logps=s.logps, ref_token_logps=s.token_logps, kl=0 * s.kl
-        )
+        return dataclasses.replace(s, ref_logps=s.logps, ref_token_logps=s.token_logps, kl=0 * s.kl)
 
     return dataclasses.replace(stats, chosen=equal(stats.chosen), rejected=equal(stats.rejected))
 
@@ -244,9 +242,7 @@ def at_reference(stats):
 # The reference-free hinge of SLiC-HF is 0 once the margin is there, which is allowed: >= and <=.
 # DiscoPOP's slope at u = 0 is 5 (1 - ln 2) - 3/4 > 0: it falls only from u = 0.09 on.
 PAIR_NAMES = [
-    name
-    for name, entry in ALGORITHMS.items()
-    if entry.stats == (PairStats,) and name != "discopop"
+    name for name, entry in ALGORITHMS.items() if entry.stats == (PairStats,) and name != "discopop"
 ]
 
 

@@ -91,9 +91,7 @@ def test_gspo_has_one_ratio_per_sequence(stats_of):
         values.append(scalar(stats, config))
         gradients.append(
             jax.grad(
-                lambda x, c=config: preference_loss(dataclasses.replace(stats, logps=x), c)[
-                    0
-                ].sum()
+                lambda x, c=config: preference_loss(dataclasses.replace(stats, logps=x), c)[0].sum()
             )(stats.logps)
         )
     assert values[0] == pytest.approx(values[1], rel=1e-12)
@@ -136,8 +134,11 @@ def test_multi_objective_advantages_normalise_each_reward_first():
     rewards = jnp.asarray([[0.0, 0.0], [1.0, 100.0], [1.0, 0.0], [0.0, 100.0]])
     keep = jnp.ones(4, bool)
     mixed = multi_objective_advantages(rewards, (0.5, 0.5), keep, 4, "normalise_then_sum")
-    # Equal weights: rows 3 and 4 hold one of the two each and are alike.
-    np.testing.assert_allclose(mixed[2:], [0.0, 0.0], atol=1e-4)
+    # Spreads 1/sqrt(3) and 100/sqrt(3): equal weights leave rows 3 and 4, with one reward each,
+    # apart by the 1e-4 beside a spread only.
+    small, large = 0.5 / (3**-0.5 + 1e-4), 50 / (100 * 3**-0.5 + 1e-4)
+    total = np.array([-small - large, small + large, small - large, large - small]) / 2
+    np.testing.assert_allclose(mixed, total / (np.std(total, ddof=1) + 1e-4), rtol=1e-9)
     summed = multi_objective_advantages(rewards, (0.5, 0.5), keep, 4)
     assert summed[3] > 0.8 and summed[2] < -0.8  # The reward of larger spread decides.
     with pytest.raises(InputError, match="1 weights for 2 rewards"):
