@@ -1,6 +1,7 @@
 """What holds for all algorithms: finite at extremes, bf16, padding rows, sharding, refusals."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -64,6 +65,7 @@ def kind_of(config):
     return algorithm_of(inner).stats[0] if inner is not None else first
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def value_and_gradient(stats, config):
     def total(given):
         per_row, metrics = preference_loss(given, config)
