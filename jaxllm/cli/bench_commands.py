@@ -36,7 +36,24 @@ def _decode(**options: Any) -> dict[str, Any]:
     return bench_decode(**options)
 
 
-BENCHES = {"dnd": Bench(_dnd, (1, 4, 16)), "decode": Bench(_decode, (1, 8))}
+def _train(**options: Any) -> dict[str, Any]:
+    from jaxllm.training.bench import bench_train
+
+    return bench_train(**options)
+
+
+def _headkv(**options: Any) -> dict[str, Any]:
+    from jaxllm.kvcompress.bench import bench_headkv
+
+    return bench_headkv(**options)
+
+
+BENCHES = {
+    "dnd": Bench(_dnd, (1, 4, 16)),
+    "decode": Bench(_decode, (1, 8)),
+    "train": Bench(_train, (8,)),
+    "headkv": Bench(_headkv, (1, 4)),
+}
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """`jaxllm bench decode`: greedy decoding beside transformers on PyTorch, same weights, float32.
 
-Two Llama-shaped models with random weights: the shapes of a 24M-parameter story model (288 wide, 6
-layers) and of a 134M one (768 wide, 12 layers), both with a 32,000-word vocabulary. Each side runs
-a prompt (prefill) and then draws the most likely token again and again with a key/value cache. The
-logits of the prompt are compared before anything is timed; sides take turns and the medians of
-their phases are compared. Compiling is timed apart.
+Two Llama-shaped models with random weights: 24M parameters (288 wide, 6 layers) and 134M (768
+wide, 12 layers). Each side runs a prompt (prefill) and then draws the most likely token again and
+again with a key/value cache. The logits of the prompt are compared before anything is timed; sides
+take turns and the medians of their phases are compared. Compiling is timed apart.
 """
 
 from __future__ import annotations
@@ -19,34 +18,15 @@ import numpy as np
 from jaxllm.decoding.language_model import LanguageModel
 from jaxllm.decoding.text import TextSampler, TextSampling, row_keys
 from jaxllm.errors import InputError
-from jaxllm.evals.timing import Phases, machine, medians, seconds_of, take_turns
+from jaxllm.evals.timing import Phases, first_runs, machine, medians, seconds_of, take_turns
+from jaxllm.models.bench_shapes import SHAPES
 from jaxllm.models.decoder import Decoder, DecoderConfig, decoder
-from jaxllm.nn.attention import AttentionConfig
-from jaxllm.nn.mlp import MlpConfig
 from jaxllm.nn.module import Blueprint
 from jaxllm.training.run_folder import versions
 
 Tree = Any
 _LARGEST_ERROR = 1e-3
-_TORCH = "torch eager"
-
-
-def llama_shape(dim: int, layers: int, heads: int, hidden: int, vocab: int) -> DecoderConfig:
-    """Returns a Llama with as many key/value heads as query heads and an untied head."""
-    attention = AttentionConfig(heads=heads, kv_heads=heads, head_dim=dim // heads)
-    return DecoderConfig(
-        vocab_size=vocab,
-        dim=dim,
-        layers=layers,
-        attention=attention,
-        mlp=MlpConfig(hidden=hidden),
-    )
-
-
-SHAPES: dict[str, DecoderConfig] = {
-    "24M": llama_shape(288, 6, 6, 768, 32000),
-    "134M": llama_shape(768, 12, 12, 2048, 32000),
-}
+_TORCH, _COMPILED = "torch eager", "torch compiled"
 
 
 def bench_decode(
@@ -87,7 +67,7 @@ def bench_decode(
             sides: dict[str, Any] = {"jaxllm": ours}
             if torch_model is not None:
                 sides |= _torch_sides(torch_model, ids, new_tokens, compiled_torch)
-            first = {side: sum(run().values()) for side, run in sides.items()}
+            first = first_runs(sides, optional=(_COMPILED,))
             for run in sides.values():
                 run()
             found = take_turns(sides, repeats)
@@ -106,7 +86,7 @@ def bench_decode(
         "share of tokens before the first that differs": agree or None,
         "threads of torch": threads,
         **machine(),
-        "versions": {**versions(), **_torch_versions()},
+        "versions": versions("torch", "transformers"),
     }
 
 
@@ -143,6 +123,7 @@ class OurSide:
         self.sampler, self.params, self.ids = sampler, params, ids.tolist()
         self.sampling = TextSampling(max_new_tokens=new_tokens, temperature=0.0)
         self.keys = row_keys(0, range(len(ids)))
+        self.layers = sampler.layers(params, {})
         self.tokens = jnp.zeros(())
 
     def __call__(self) -> Phases:
@@ -151,15 +132,23 @@ class OurSide:
 
         def prefill() -> None:
             nonlocal state
-            new = self.sampling.max_new_tokens
-            state = self.sampler.prefill(self.params, {}, self.ids, self.keys, max_new_tokens=new)
+            state = self.sampler.prefill(
+                self.params,
+                {},
+                self.ids,
+                self.keys,
+                max_new_tokens=self.sampling.max_new_tokens,
+                layers=self.layers,
+            )
             jax.block_until_ready(state)
 
         def decode() -> None:
             nonlocal state
             parts, count = [], 0
             while count < self.sampling.max_new_tokens:
-                state, drawn = self.sampler.decode(self.params, {}, state, self.sampling)
+                state, drawn = self.sampler.decode(
+                    self.params, {}, state, self.sampling, self.layers
+                )
                 parts.append(drawn.tokens)
                 count += drawn.tokens.shape[1]
             tokens = jnp.concatenate(parts, axis=1)[:, : self.sampling.max_new_tokens]
@@ -171,7 +160,7 @@ class OurSide:
 def _torch_model(config: DecoderConfig, params: Tree, threads: int) -> Any:
     """Returns the same model in transformers, or None where that or torch is not installed."""
     try:
-        from jaxllm.decoding.bench_torch import llama_model
+        from jaxllm.hub.bench_torch import llama_model
     except ImportError:
         return None
     return llama_model(config, params, threads)
@@ -180,21 +169,12 @@ def _torch_model(config: DecoderConfig, params: Tree, threads: int) -> Any:
 def _torch_sides(
     model: Any, ids: np.ndarray, new_tokens: int, compiled: bool
 ) -> dict[str, Callable[[], Phases]]:
-    from jaxllm.decoding.bench_torch import EagerSide, compiled_side
+    from jaxllm.decoding.bench_torch import CompiledSide, EagerSide
 
-    sides: dict[str, Callable[[], Phases]] = {_TORCH: EagerSide(model, ids, new_tokens)}
-    if compiled and (side := compiled_side(model, ids, new_tokens)) is not None:
-        sides["torch compiled"] = side
+    sides: dict[str, Any] = {_TORCH: EagerSide(model, ids, new_tokens)}
+    if compiled:
+        sides[_COMPILED] = CompiledSide(model, ids, new_tokens)
     return sides
-
-
-def _torch_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return {name: version(name) for name in ("torch", "transformers")}
-    except PackageNotFoundError:
-        return {}
 
 
 def _largest_difference(
@@ -205,7 +185,7 @@ def _largest_difference(
     Raises:
       InputError: It is more than float32 rounding explains, so that timing would mean nothing.
     """
-    from jaxllm.decoding.bench_torch import prompt_logits
+    from jaxllm.hub.bench_torch import prompt_logits
 
     vocabulary = torch_model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, prompt))

@@ -8,39 +8,13 @@ with a static cache. Only the benchmarks import this file; the library itself ne
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from jaxllm.evals.timing import Phases, seconds_of
-from jaxllm.hub.hf_config import config_to_hf
-from jaxllm.hub.hf_tensors import tensor_table
-from jaxllm.hub.layouts import model_slots, save_tensors
-from jaxllm.models.decoder import DecoderConfig, decoder
-
-
-def llama_model(config: DecoderConfig, params: Any, threads: int) -> Any:
-    """Returns the transformers model that holds `params`, in float32."""
-    torch.set_num_threads(threads)
-    model_type, settings = config_to_hf(config, "llama")
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(**{k: v for k, v in settings.items() if k != "architectures"}),
-        attn_implementation="sdpa",
-    )
-    slots = model_slots(tensor_table(model_type, config).rules, decoder(config))
-    tensors = save_tensors(slots, params, {})
-    weights = {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
-
-
-@torch.inference_mode()
-def prompt_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Returns float32 logits [B, T, V] of whole sequences."""
-    return model(torch.from_numpy(ids), use_cache=False).logits.numpy()
 
 
 class EagerSide:
@@ -100,17 +74,3 @@ class CompiledSide(EagerSide):
         """Returns an empty cache with all slots."""
         slots = self.ids.shape[1] + self.new_tokens
         return StaticCache(config=self.model.config, max_cache_len=slots)
-
-
-def compiled_side(model: Any, ids: np.ndarray, new_tokens: int) -> CompiledSide | None:
-    """Returns the compiled side, or None with a warning where this machine cannot compile it."""
-    side = CompiledSide(model, ids, min(new_tokens, 2))
-    try:
-        side()
-    except Exception as error:  # noqa: BLE001 - whatever stops the compiler, eager is timed alone.
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"torch.compile does not work here, timing eager alone: {reason}", stacklevel=2
-        )
-        return None
-    return CompiledSide(model, ids, new_tokens)

@@ -10,7 +10,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ def seconds_of(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def first_runs(sides: dict[str, Any], optional: Sequence[str] = ()) -> dict[str, float]:
+    """Runs every side once, which compiles it, and returns the seconds of each.
+
+    An `optional` side that fails is removed from `sides` with a warning: not every machine has the
+    tools that a compiler wants.
+    """
+    found = {}
+    for name, run in list(sides.items()):
+        try:
+            found[name] = sum(run().values())
+        except Exception as error:
+            if name not in optional:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"{name} does not run here and is left out: {reason}", stacklevel=2)
+            del sides[name]
+    return found
 
 
 def take_turns(sides: Mapping[str, Callable[[], Phases]], repeats: int) -> dict[str, list[Phases]]:

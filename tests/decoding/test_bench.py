@@ -2,17 +2,20 @@
 
 import numpy as np
 import pytest
+from tiny_runs import quick_compile
 
 from jaxllm.decoding import bench
 from jaxllm.errors import InputError
+from jaxllm.models.bench_shapes import llama_shape
 
-TINY = {"tiny": bench.llama_shape(16, 2, 2, 24, 40)}
+TINY = {"tiny": llama_shape(16, 1, 2, 24, 40)}
 
 
 def run(**options):
-    return bench.bench_decode(
-        repeats=2, batches=[2], threads=1, shapes=TINY, prompt=5, new_tokens=3, **options
-    )
+    with quick_compile():
+        return bench.bench_decode(
+            repeats=2, batches=[2], threads=1, shapes=TINY, prompt=5, new_tokens=3, **options
+        )
 
 
 def test_both_sides_draw_the_same_tokens():
@@ -28,7 +31,7 @@ def test_both_sides_draw_the_same_tokens():
 
 
 def test_a_model_that_differs_is_not_timed(monkeypatch):
-    torch_side = pytest.importorskip("jaxllm.decoding.bench_torch")
+    torch_side = pytest.importorskip("jaxllm.hub.bench_torch")
     exact = torch_side.prompt_logits
     monkeypatch.setattr(
         torch_side, "prompt_logits", lambda model, ids: exact(model, ids) + np.float32(0.01)
