@@ -35,6 +35,7 @@ from jaxllm.preference.wrappers import TRDPO
 from jaxllm.training.job import LoopConfig
 from jaxllm.training.optimizer import OptimizerConfig
 
+JOB = "preference"
 REFERENCE_NEEDS = ("ref_logps", "ref_token_logps", "kl")
 Target = Literal["pairs", "labels", "rewards", "completions", "lists", "rollouts"]
 
@@ -360,21 +361,26 @@ def check_run(run: PreferenceRun) -> None:
     if kind == "MovingReference" and run.model.lora is not None:
         raise InputError("a moving reference does not go with model.lora")
     online = isinstance(run.data, OnPolicyData)
+    fresh = isinstance(run.data, OnPolicyData) and run.data.refresh == "step"
+    if online and run.optimizer.accumulate > 1 and fresh:
+        raise InputError("optimizer.accumulate does not go with samples of every step")
     if kind == "PrecomputedReference":
         if "kl" in wanted:
             raise InputError(f"algorithm {name} reads a KL over the vocabulary; not precomputed")
-        if isinstance(run.data, OnPolicyData) and run.data.refresh == "step":
+        if fresh:
             raise InputError("a precomputed reference does not know what is sampled at every step")
     if online and isinstance(run.feedback, GivenFeedback):
         raise InputError(
             "sampled completions have no labels; set feedback to something that scores"
         )
-    if target == "rollouts" and not (online and run.data.refresh == "step"):  # type: ignore[union-attr]
+    if target == "rewards" and not fresh and not isinstance(run.algorithm, RFT):
+        raise InputError(f"algorithm {name} compares a prompt's samples; data must be on-policy")
+    if target == "rollouts" and not fresh:
         raise InputError(
             f"algorithm {name} trains on samples of every step; data must be on-policy"
         )
-    if target == "rewards" and not online and not isinstance(run.algorithm, RFT):
-        raise InputError(f"algorithm {name} compares the samples of a prompt; data must be sampled")
+    if online and "mismatched" in wanted and run.data.batch_size < 2:
+        raise InputError(f"algorithm {name} needs two prompts per step, data.batch_size is 1")
     if not online and run.data.unpair and target != "labels":  # type: ignore[union-attr]
         raise InputError(f"data.unpair makes labels, which algorithm {name} does not take")
     if "beliefs" in wanted and online:

@@ -137,7 +137,7 @@ def slot_scores(
       reference: The reference and its activations, for `kl`.
     """
     token_logps: Any = model.token_logprobs(hidden, batch["targets"], chunk=CHUNK)
-    sums = partial(_slot_sums, batch, shape)
+    sums = partial(slot_sums, batch, shape)
     collision = kl = prompt = beliefs = tokens = None
     if "collision" in need or "kl" in need:
         other = reference if "kl" in need else None
@@ -166,10 +166,10 @@ def slot_tokens(batch: Batch, shape: SlotShape, values: jax.Array) -> jax.Array:
 
 def slot_lengths(batch: Batch, shape: SlotShape) -> jax.Array:
     """Tokens of each slot, int32 [P, S]."""
-    return _slot_sums(batch, shape, jnp.ones_like(batch["owner"]))
+    return slot_sums(batch, shape, jnp.ones_like(batch["owner"]))
 
 
-def _slot_sums(batch: Batch, shape: SlotShape, values: jax.Array) -> jax.Array:
+def slot_sums(batch: Batch, shape: SlotShape, values: jax.Array) -> jax.Array:
     """Sums of values [R, T] over each slot [P, S]."""
     examples = len(batch["valid"])
     total = _sum_by(batch["owner"], values, examples * shape.slots)

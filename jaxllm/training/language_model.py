@@ -33,7 +33,14 @@ from jaxllm.data.text_tokenizers import (
 )
 from jaxllm.errors import InputError
 from jaxllm.hub.hf_folder import is_hf_folder, load_decoder
-from jaxllm.models.decoder import DECODER_RULES, Decoder, DecoderConfig, decoder
+from jaxllm.models.decoder import (
+    DECODER_KERNELS,
+    DECODER_RULES,
+    Decoder,
+    DecoderConfig,
+    decoder,
+)
+from jaxllm.nn.lora import LoraConfig, merge
 from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.parallel.mesh import MeshConfig
@@ -289,13 +296,16 @@ def model_config(folder: Path) -> DecoderConfig:
         from jaxllm.hub.hf_config import read_config
 
         return read_config(folder)[1]
-    return _read_run(folder).model
+    return _read_run(folder)[0]
 
 
 def read_model(
     folder: Path, *, mesh: Mesh | None = None, dtype: Any = None
 ) -> tuple[DecoderConfig, Blueprint[Decoder], Tree]:
     """Reads config, blueprint and parameters of a run of ours or of a Hugging Face folder.
+
+    A run is one that trained a language model, or one whose identity names a `decoder` whose
+    parameters are `policy`, or adapters of `base`; these are added to it.
 
     Args:
       folder: A run folder (averaged and best parameters where the run keeps such) or a folder with
@@ -309,23 +319,41 @@ def read_model(
     """
     if is_hf_folder(folder):
         return load_decoder(folder, mesh=mesh, dtype=dtype)
-    run = _read_run(folder)
+    config, precision, lora = _read_run(folder)
     best = folder / "best"
     tree = read_newest(best if finished_steps(best) else folder / "checkpoints")
     params = tree.get("ema", tree["params"])
+    params = params.get("policy", params)
+    if lora is not None:
+        params = merge(tree["extra"]["base"], params, lora, DECODER_KERNELS)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    blueprint = decoder(run.model, compute_dtype(run.precision) if dtype is None else dtype)
-    return run.model, blueprint, params
+    blueprint = decoder(config, compute_dtype(precision) if dtype is None else dtype)
+    return config, blueprint, params
 
 
-def _read_run(folder: Path) -> LanguageModelRun:
+def is_model_run(saved: Any) -> bool:
+    """Whether the content of a config.json is of a run that `read_model` reads."""
+    if not isinstance(saved, dict):
+        return False
+    identity = saved.get("identity")
+    return saved.get("job") == JOB or (isinstance(identity, dict) and "decoder" in identity)
+
+
+def _read_run(folder: Path) -> tuple[DecoderConfig, Any, LoraConfig | None]:
+    """Architecture, precision and adapters of a run."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
     saved = read_json(path)
-    if not isinstance(saved, dict) or saved.get("job") != JOB:
+    if not is_model_run(saved):
         found = saved.get("job") if isinstance(saved, dict) else None
         kind = f"a {found!r} run" if found else "neither a run's config nor a Hugging Face model's"
         raise InputError(f"{path}: {kind}, expected a {JOB!r} run or a Hugging Face folder")
-    return from_plain(LanguageModelRun, saved.get("config"), str(path))
+    if saved["job"] == JOB:
+        run = from_plain(LanguageModelRun, saved.get("config"), str(path))
+        return run.model, run.precision, None
+    identity = saved["identity"]
+    config = from_plain(DecoderConfig, identity["decoder"], f"{path}: identity.decoder")
+    lora = from_plain(LoraConfig | None, identity.get("lora"), f"{path}: identity.lora")
+    return config, saved["config"].get("precision", "auto"), lora

@@ -73,7 +73,13 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
         if state is None:
             state = jax.jit(job.init, out_shardings=shardings)(jax.random.key(loop.seed))
             if job.load is not None:
-                state = with_params(state, jax.device_put(job.load(mesh), shardings.params))
+                loaded = replaced(state.params, job.load(mesh), shardings.params)
+                state = with_params(state, loaded)
+            if job.load_extra is not None:
+                extra = replaced(state.extra, job.load_extra(mesh), shardings.extra)
+                state = dataclasses.replace(state, extra=extra)
+            if job.check_start is not None:
+                job.check_start(state)
         step = start = int(state.step)
 
         # -- the compiled step ----------------------------------------------------------------
@@ -96,6 +102,8 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
                 while step < loop.steps and not stop.requested(step):
                     with clock.during("data"):
                         batch = next(batches)
+                        if job.prepare is not None:
+                            batch = job.prepare(state, batch)
                     state, metrics = profiled(
                         step + 1, step_fn, state, to_devices(batch, rows), key
                     )
@@ -131,11 +139,18 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
 def rows_sharding(job: Job, mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch, whose size must divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if job.batches.batch_size % ways:
-        raise InputError(
-            f"batch size {job.batches.batch_size} does not divide over data x fsdp = {ways} devices"
-        )
+    for what, size in job.batches.sizes.items():
+        if size % ways:
+            raise InputError(f"{what} {size} does not divide over data x fsdp = {ways} devices")
     return batch_sharding(mesh)
+
+
+def replaced(tree: dict[str, Any], loaded: dict[str, Any], places: Any) -> dict[str, Any]:
+    """Returns `tree` with the entries of `loaded` in the place of its own, on the devices."""
+    if unknown := sorted(loaded.keys() - tree.keys()):
+        raise InputError(f"parameters of another model: {unknown[0]!r} is not one of this model's")
+    put = jax.device_put(loaded, {name: places[name] for name in loaded})
+    return {**tree, **put}
 
 
 def abstract_state(job: Job, mesh: Mesh) -> TrainState:
@@ -143,6 +158,9 @@ def abstract_state(job: Job, mesh: Mesh) -> TrainState:
     abstract = jax.eval_shape(job.init, jax.random.key(job.loop.seed))
     params = param_shardings(abstract.params, job.rules, mesh)
     places = like_params(abstract, abstract.params, params, mesh)
+    if job.extra_rules is not None:
+        extra = param_shardings(abstract.extra, job.extra_rules, mesh)
+        places = dataclasses.replace(places, extra=extra)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,
