@@ -22,7 +22,7 @@ from jaxllm.preference.options import Options, above, at_least, between
 from jaxllm.preference.pairwise import DPO
 from jaxllm.preference.pointwise import RFT
 from jaxllm.preference.records import Limits, RecordConfig
-from jaxllm.preference.registry import algorithm, algorithm_of, needs
+from jaxllm.preference.registry import ALGORITHMS, algorithm, algorithm_of, needs
 from jaxllm.preference.rows import Layout, RowConfig
 from jaxllm.preference.statistics import (
     ListStats,
@@ -291,10 +291,16 @@ def name_algorithms(arguments: list[str]) -> list[str]:
         if key != "--algorithm.kind":
             continue
         if equals:
-            out[place] = f"{key}={algorithm(value).config.__name__}"
+            out[place] = f"{key}={_class_name(value)}"
         elif place + 1 < len(out):
-            out[place + 1] = algorithm(out[place + 1]).config.__name__
+            out[place + 1] = _class_name(out[place + 1])
     return out
+
+
+def _class_name(name: str) -> str:
+    """The name of an algorithm's class, given that or the one in the registry."""
+    classes = {entry.config.__name__ for entry in ALGORITHMS.values()}
+    return name if name in classes else algorithm(name).config.__name__
 
 
 def needs_reference(options: Any) -> bool:

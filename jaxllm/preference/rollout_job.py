@@ -252,6 +252,7 @@ def _kept_samples(run: PreferenceRun, data: OnPolicyData, parts: _Parts, workdir
     params = load_language_model(parts.policy.folder).params
     print(f"sampling {data.samples} completions of {len(parts.prompts)} prompts")
     sampled = parts.rollouts.many(params, parts.prompts)
+    print(f"their mean score is {sampled.scores.mean():.3f}")
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / SETTINGS, settings)
     write_jsonl(path, sample_records(sampled, parts.rollouts.tokenizer.decode))

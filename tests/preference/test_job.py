@@ -1,96 +1,35 @@
 """Training on preferences: start, layouts, devices, resuming, references, export."""
 
-import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
-import tiny_runs
+from tiny_preference import (
+    WORDS,
+    assert_equal_trees,
+    go,
+    policy,
+    run_of,
+    write_folder,
+)
 
 from jaxllm.cli.main import main as jaxllm
 from jaxllm.data.text_tokenizers import byte_tokenizer
 from jaxllm.decoding.language_model import load_language_model
 from jaxllm.errors import InputError
-from jaxllm.hub.hf_folder import save_decoder
-from jaxllm.models.decoder import DecoderConfig, decoder
-from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.lora import LoraConfig
-from jaxllm.nn.mlp import MlpConfig
-from jaxllm.preference.config import (
-    ModelConfig,
-    OfflineData,
-    PrecomputedReference,
-    PreferenceRun,
-)
+from jaxllm.preference.config import PrecomputedReference
 from jaxllm.preference.job import preference_job
 from jaxllm.preference.mixture import Part, WeightedSum
-from jaxllm.preference.pairwise import DPO, IPO
+from jaxllm.preference.pairwise import IPO
 from jaxllm.preference.pairwise_anchored import AOT, BCOPair
 from jaxllm.preference.pointwise import KTO
 from jaxllm.preference.wrappers import TRDPO
-from jaxllm.training.job import Job, LoopConfig
-from jaxllm.training.loop import train
-from jaxllm.training.optimizer import OptimizerConfig
-
-MODEL = DecoderConfig(
-    vocab_size=259,
-    dim=16,
-    layers=1,
-    attention=AttentionConfig(2, 1, 8),
-    mlp=MlpConfig(24),
-    max_positions=64,
-    init_std=0.2,
-)
-WORDS = ["sun", "rain", "a cloud", "snow", "wind and hail", "fog", "ice", "storm"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model and files of pairs."""
-    root = tmp_path_factory.mktemp("preference")
-    params = jax.jit(decoder(MODEL).init)(jax.random.key(0))[0]
-    tokenizer = byte_tokenizer()
-    save_decoder(root / "model", MODEL, params, tokenizer=tokenizer, eos=(tokenizer.eos,))
-    pairs = [
-        {"prompt": f"{word}:", "chosen": " good", "rejected": f" bad {number}"}
-        for number, word in enumerate(WORDS)
-    ]
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return root
-
-
-def run_of(folder, algorithm=DPO(), steps=2, accumulate=1, data=(), **model):  # noqa: B008
-    return PreferenceRun(
-        ModelConfig(str(folder / "model"), **model),
-        OfflineData(
-            **{"file": str(folder / "pairs.jsonl"), "batch_size": 8, "row_length": 24, **dict(data)}
-        ),
-        algorithm=algorithm,
-        optimizer=OptimizerConfig(learning_rate=1e-2, accumulate=accumulate),
-        loop=LoopConfig(steps=steps, log_every=1, compile_cache=False),
-    )
-
-
-def go(run, workdir, devices=1):
-    with tiny_runs.quick_compile():
-        job = run if isinstance(run, Job) else preference_job(run, workdir)
-        result = train(job, workdir, devices=jax.devices()[:devices])
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return result, [
-        {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")}
-        for row in rows
-        if "train/loss" in row
-    ]
-
-
-def policy(result):
-    return jax.device_get(result.state.params["policy"])
-
-
-def assert_equal_trees(a, b, **tolerance):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, **tolerance)
+    return write_folder(tmp_path_factory.mktemp("preference"))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +63,7 @@ def test_a_run_is_a_model_of_its_own(dpo, folder, tmp_path):
     """Its reference stays what the policy was."""
     workdir, result, _ = dpo
     start = load_language_model(folder / "model").params
-    assert_equal_trees(jax.device_get(result.state.extra["reference"]), start)
+    assert_equal_trees(result.state.extra["reference"], start)
     model = load_language_model(workdir)
     assert_equal_trees(model.params, policy(result))
     assert model.eos == (byte_tokenizer().eos,) and model.tokenizer is not None
@@ -156,7 +95,7 @@ def test_losses_that_couple_rows_resume_and_spread_over_devices(folder, tmp_path
     assert int(whole.state.extra["running"]["count"]) == 2 * 2 * len(WORDS)
     go(replace(run, loop=replace(run.loop, steps=1)), tmp_path / "parts")
     found, other = go(run, tmp_path / "parts")
-    assert_equal_trees(jax.device_get(found.state), jax.device_get(whole.state), rtol=0)
+    assert_equal_trees(found.state, whole.state, rtol=0)
     assert [row["loss"] for row in other] == [row["loss"] for row in rows]
     many, spread = go(run, tmp_path / "many", devices=4)
     assert_equal_runs(rows, spread)
@@ -168,7 +107,7 @@ def test_adapters_alone_are_trained_and_export_merged(folder, tmp_path, capsys):
     result, rows = go(run, tmp_path / "run")
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     start = load_language_model(folder / "model").params
-    assert_equal_trees(jax.device_get(result.state.extra["base"]), start)
+    assert_equal_trees(result.state.extra["base"], start)
     assert "reference" not in result.state.extra
     merged = load_language_model(tmp_path / "run").params
     assert np.abs(merged["layers"]["mlp"]["up"] - start["layers"]["mlp"]["up"]).max() > 1e-3
