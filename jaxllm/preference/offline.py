@@ -9,7 +9,6 @@ would be those of two random models.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +31,18 @@ from jaxllm.preference.records import Examples
 from jaxllm.preference.reference import reference_columns, with_columns
 from jaxllm.preference.registry import needs
 from jaxllm.preference.rows import PreferenceRows, RowConfig
-from jaxllm.preference.statistics import RunningMean
-from jaxllm.preference.step import Evaluation, MicroBatches, PreferenceLoss, preference_step
+from jaxllm.preference.step import (
+    Evaluation,
+    MicroBatches,
+    PreferenceLoss,
+    check_start,
+    init_of,
+    preference_step,
+)
 from jaxllm.training.job import Job
 from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.run_folder import write_json
-from jaxllm.training.state import TrainState, new_state
+from jaxllm.training.state import TrainState
 
 KINDS: dict[Target, Kind] = {
     "pairs": "pairs",
@@ -100,24 +105,15 @@ def make_job(
         parts=parts,
     )
 
-    def init(key: jax.Array) -> TrainState:
-        params, extra = policy.init(key)
-        if "running" in need:
-            extra["running"] = dataclasses.asdict(RunningMean.start())
-        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
-
     evaluate = None
     if held_out is not None:
-        score = Evaluation(loss_of, open_rows(run, policy, config, held_out))
-
-        def evaluate(state: TrainState) -> dict[str, float]:
-            return score(state.best_params, state.extra)
+        evaluate = Evaluation(loss_of, open_rows(run, policy, config, held_out))
 
     check = None
     if run.model.check_start and policy.starts_equal:
 
         def check(state: TrainState) -> None:
-            loss_of.check_start(state, next(rows.in_order()))
+            check_start(policy, shape, state, next(rows.in_order()))
 
     keep_tokenizer(policy, workdir)  # Only now: a refused run leaves no folder.
     return Job(
@@ -125,7 +121,7 @@ def make_job(
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init,
+        init=init_of(policy, optimizer, run.optimizer, need),
         load=policy.load(),
         load_extra=policy.load_extra(),
         step=preference_step(loss_of, policy, optimizer, run.optimizer),
@@ -147,14 +143,8 @@ def open_rows(
     Raises:
       InputError: A step that does not divide into its micro-batches.
     """
-    need, parts = needs(run.algorithm), run.optimizer.accumulate
-    if config.batch_size % parts or (config.rows or 0) % parts:
-        raise InputError(
-            f"data.batch_size {config.batch_size} and data.rows {config.rows} must be multiples of "
-            f"optimizer.accumulate {parts}"
-        )
-    rows = None if config.rows is None else config.rows // parts
-    config = replace(config, batch_size=config.batch_size // parts, rows=rows)
+    need = needs(run.algorithm)
+    config = part_of(config, run.optimizer.accumulate)
     made = PreferenceRows(examples, config, mismatched="mismatched" in need)
     if isinstance(policy.reference, PrecomputedReference):
         columns, cached = reference_columns(policy, made, need)
@@ -162,6 +152,21 @@ def open_rows(
             print(f"computed the reference's log-probs of {len(made)} examples")
         made = with_columns(made, columns)
     return made
+
+
+def part_of(config: RowConfig, parts: int) -> RowConfig:
+    """Returns the shapes of one of the equal parts of a step.
+
+    Raises:
+      InputError: A step that does not divide into them.
+    """
+    if config.batch_size % parts or (config.rows or 0) % parts:
+        raise InputError(
+            f"data.batch_size {config.batch_size} and data.rows {config.rows} must be multiples of "
+            f"optimizer.accumulate {parts}"
+        )
+    rows = None if config.rows is None else config.rows // parts
+    return replace(config, batch_size=config.batch_size // parts, rows=rows)
 
 
 def keep_tokenizer(policy: Policy, workdir: Path) -> None:

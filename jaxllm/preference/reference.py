@@ -150,6 +150,8 @@ def _read(path: Path, rows: PreferenceRows, tokens: bool) -> dict[str, np.ndarra
 
 def _write(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:  # Every process computes; one writes.
+        return
     temporary = path.with_suffix(".tmp.npz")
     with temporary.open("wb") as file:
         np.savez(file, **dict(columns))  # type: ignore[arg-type]
@@ -162,10 +164,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 """Largest difference of a completion's log-prob per token, in nats."""
 
 
-def check_equal(
+def start_error(
     policy: SlotScores, reference: SlotScores, lengths: jax.Array, dtype: Any
-) -> tuple[float, str | None]:
-    """Returns the largest difference per token, and what is wrong if it is too large.
+) -> str | None:
+    """Returns what is wrong if policy and reference differ by more than the tolerance.
 
     Policy and reference are the same model before the first step, and go through the same code; a
     difference means that they were loaded or computed differently.
@@ -174,8 +176,8 @@ def check_equal(
     per_token = jnp.abs(policy.logps - reference.logps) / jnp.maximum(lengths, 1)
     largest = float(jnp.max(per_token))
     if largest <= tolerance:
-        return largest, None
-    return largest, (
+        return None
+    return (
         f"policy and reference differ by {largest:.2g} nats per token before the first step, "
         f"expected at most {tolerance:g}; model.check_start False starts anyway"
     )

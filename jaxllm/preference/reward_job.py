@@ -15,20 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import InputError
-from jaxllm.models.scalar_head import new_head, token_values
+from jaxllm.models.scalar_head import token_values
 from jaxllm.preference.examples import offline_examples, open_feedback
 from jaxllm.preference.log_probs import SlotShape, row_hidden, slot_lengths, slot_sums
-from jaxllm.preference.offline import keep_tokenizer
+from jaxllm.preference.offline import keep_tokenizer, part_of
 from jaxllm.preference.policy import Policy
 from jaxllm.preference.records import Examples
 from jaxllm.preference.registry import preference_loss
 from jaxllm.preference.reward_scorer import JOB, RewardRun, open_trunk
 from jaxllm.preference.rows import PreferenceRows
 from jaxllm.preference.statistics import RewardPairs, mean_over_rows
-from jaxllm.preference.step import Evaluation, MicroBatches, preference_step
+from jaxllm.preference.step import Evaluation, MicroBatches, init_of, preference_step
 from jaxllm.training.job import Job
 from jaxllm.training.optimizer import make_optimizer
-from jaxllm.training.state import TrainState, new_state
 from jaxllm.training.step import Batch, Metrics
 
 Tree = Any
@@ -59,25 +58,12 @@ def reward_job(run: RewardRun, workdir: Path) -> Job:
     Raises:
       InputError: Bad records, several objectives, or margins that the records do not hold.
     """
-    trunk, data, parts = open_trunk(run), run.data, run.optimizer.accumulate
+    trunk, parts = open_trunk(run), run.optimizer.accumulate
     if run.algorithm.weights is not None:
         raise InputError("algorithm.weights is for several objectives; pairs of a file have one")
-    if data.batch_size % parts or (data.rows or 0) % parts:
-        raise InputError(f"data.batch_size and data.rows must be multiples of accumulate {parts}")
-    feedback, config = open_feedback(run.feedback), data.row_config()
-    rows_of_part = None if config.rows is None else config.rows // parts
-    config = replace(config, batch_size=config.batch_size // parts, rows=rows_of_part)
-    # The token behind each completion takes a place in the row.
-    reading = replace(data, row_length=data.row_length - 1)
-
-    def read(path: str) -> PreferenceRows:
-        found = offline_examples(path, reading, "pairs", feedback, trunk.tokenizer, trunk.config)
-        return PreferenceRows(with_end(found), config)
-
-    rows = read(data.file)
-    held_out = None if data.validation_file is None else read(data.validation_file)
+    rows, held_out = _open_rows(run, trunk)
     if run.use_margin and "margin" not in rows.batch([0]):
-        raise InputError(f"{data.file}: use_margin needs a `margin` in every record")
+        raise InputError(f"{run.data.file}: use_margin needs a `margin` in every record")
     shape = SlotShape.of(rows)
     optimizer = make_optimizer(run.optimizer, run.loop.steps)
 
@@ -88,31 +74,19 @@ def reward_job(run: RewardRun, workdir: Path) -> Job:
         per_row, metrics = preference_loss(stats, run.algorithm)
         return mean_over_rows(per_row, stats), metrics
 
-    def init(key: jax.Array) -> TrainState:
-        params, extra = trunk.init(key)
-        params["head"] = new_head(trunk.config.dim)
-        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
-
-    evaluate = None
-    if held_out is not None:
-        score = Evaluation(loss_of, held_out)
-
-        def evaluate(state: TrainState) -> dict[str, float]:
-            return score(state.best_params, state.extra)
-
     keep_tokenizer(trunk, workdir)
     return Job(
         name=JOB,
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init,
+        init=init_of(trunk, optimizer, run.optimizer, head=True),
         load=trunk.load(),
         load_extra=trunk.load_extra(),
         step=preference_step(loss_of, trunk, optimizer, run.optimizer),
         batches=MicroBatches(
             rows,
-            data.batch_size,
+            run.data.batch_size,
             run.loop.seed,
             hosts=(jax.process_index(), jax.process_count()),
             parts=parts,
@@ -120,6 +94,20 @@ def reward_job(run: RewardRun, workdir: Path) -> Job:
         rules=trunk.rules,
         extra_rules=trunk.rules,
         unit="examples",
-        evaluate=evaluate,
+        evaluate=None if held_out is None else Evaluation(loss_of, held_out),
         identity={"reward_model": trunk.identity},
     )
+
+
+def _open_rows(run: RewardRun, trunk: Policy) -> tuple[PreferenceRows, PreferenceRows | None]:
+    """Rows of the training file and of the validation file, a micro-batch at a time."""
+    data, feedback = run.data, open_feedback(run.feedback)
+    config = part_of(data.row_config(), run.optimizer.accumulate)
+    # The token behind each completion takes a place in the row.
+    reading = replace(data, row_length=data.row_length - 1)
+
+    def read(path: str) -> PreferenceRows:
+        found = offline_examples(path, reading, "pairs", feedback, trunk.tokenizer, trunk.config)
+        return PreferenceRows(with_end(found), config)
+
+    return read(data.file), None if data.validation_file is None else read(data.validation_file)

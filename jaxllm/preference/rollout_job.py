@@ -35,12 +35,11 @@ from jaxllm.preference.rollouts import (
     sampled_examples,
 )
 from jaxllm.preference.rows import PreferenceRows, RowConfig
-from jaxllm.preference.statistics import RunningMean
-from jaxllm.preference.step import PreferenceLoss, preference_step
+from jaxllm.preference.step import PreferenceLoss, check_start, init_of, preference_step
 from jaxllm.training.job import Job
 from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.run_folder import first_difference, read_json, to_plain, write_json
-from jaxllm.training.state import TrainState, new_state
+from jaxllm.training.state import TrainState
 
 SAMPLES, SETTINGS = "samples.jsonl", "samples.json"
 EVALUATION = 1 << 20
@@ -123,11 +122,15 @@ def on_policy_job(run: PreferenceRun, data: OnPolicyData, workdir: Path) -> Job:
         plain = PreferenceLoss(run.algorithm, policy, shape, KINDS[parts.target])
         step = preference_step(plain, policy, optimizer, run.optimizer)
 
-    def init(key: jax.Array) -> TrainState:
-        params, extra = policy.init(key)
-        if "running" in need:
-            extra["running"] = dataclasses.asdict(RunningMean.start())
-        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+    prepare = _Prepare(parts, data, shape, baselines="baselines" in need)
+    batches = PromptBatches(_Prompts(len(parts.prompts)), data.batch_size, run.loop.seed).with_rows(
+        parts.rows, shape
+    )
+    check = None
+    if run.model.check_start and policy.starts_equal:
+
+        def check(state: TrainState) -> None:
+            check_start(policy, shape, state, prepare(state, batches.batch(0)))
 
     keep_tokenizer(policy, workdir)
     return Job(
@@ -135,18 +138,17 @@ def on_policy_job(run: PreferenceRun, data: OnPolicyData, workdir: Path) -> Job:
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init,
+        init=init_of(policy, optimizer, run.optimizer, need),
         load=policy.load(),
         load_extra=policy.load_extra(),
         step=step,
-        batches=PromptBatches(
-            _Prompts(len(parts.prompts)), data.batch_size, run.loop.seed
-        ).with_rows(parts.rows, shape),
+        batches=batches,
         rules=policy.rules,
         extra_rules=policy.rules,
         unit="prompts",
-        prepare=_Prepare(parts, data, shape, baselines="baselines" in need),
+        prepare=prepare,
         evaluate=_score_of(parts),
+        check_start=check,
         sample=_writer_of(parts),
         identity=policy.identity,
     )

@@ -16,9 +16,11 @@ import optax
 from jaxllm.data.pipeline import Batch as HostBatch
 from jaxllm.data.pipeline import Batches
 from jaxllm.errors import InputError
+from jaxllm.models.scalar_head import new_head
 from jaxllm.preference.config import MovingReference, NoReference, PrecomputedReference
 from jaxllm.preference.log_probs import (
     Kind,
+    Need,
     SlotScores,
     SlotShape,
     row_hidden,
@@ -26,13 +28,13 @@ from jaxllm.preference.log_probs import (
     slot_scores,
     statistics,
 )
-from jaxllm.preference.policy import Policy
-from jaxllm.preference.reference import check_equal, given_scores, moved
+from jaxllm.preference.policy import Adapted, Policy
+from jaxllm.preference.reference import given_scores, moved, start_error
 from jaxllm.preference.registry import needs, preference_loss
 from jaxllm.preference.rows import STEPS, PreferenceBatches, PreferenceRows
 from jaxllm.preference.statistics import RunningMean, Stats, mean_over_rows
 from jaxllm.training.optimizer import OptimizerConfig
-from jaxllm.training.state import TrainState
+from jaxllm.training.state import TrainState, new_state
 from jaxllm.training.step import Batch, Metrics, StepFn, apply_gradients
 
 Tree = Any
@@ -80,23 +82,51 @@ class PreferenceLoss:
         reference = slot_scores(other, other_hidden, batch, shape, tokens)
         return policy, jax.lax.stop_gradient(reference)
 
-    def check_start(self, state: TrainState, batch: HostBatch) -> None:
-        """Refuses a first step at which policy and reference differ.
 
-        Raises:
-          InputError: With the difference per token.
-        """
+def check_start(policy: Policy, shape: SlotShape, state: TrainState, batch: HostBatch) -> None:
+    """Refuses a first step at which policy and reference differ although they are the same model.
 
-        @jax.jit
-        def compare(params: Tree, extra: Tree, batch: Batch) -> tuple[Any, Any, jax.Array]:
-            policy, reference = self.scores(params, extra, batch)
-            return policy, reference, slot_lengths(batch, self.shape)
+    Raises:
+      InputError: With the difference per token.
+    """
 
-        policy, reference, lengths = compare(state.params, state.extra, batch)
-        dtype = self.policy.build(state.params, state.extra)[0].dtype
-        _, wrong = check_equal(policy, reference, lengths, dtype)
-        if wrong is not None:
-            raise InputError(f"{self.policy.folder}: {wrong}")
+    @jax.jit
+    def compare(params: Tree, extra: Tree, batch: Batch) -> tuple[SlotScores, SlotScores, Any]:
+        def scores(adapted: Adapted) -> SlotScores:
+            model, adapters = adapted
+            return slot_scores(model, row_hidden(model, batch, shape, adapters), batch, shape)
+
+        if isinstance(policy.reference, PrecomputedReference):
+            reference = given_scores(batch)
+        else:
+            reference = scores(policy.build_reference(params, extra))
+        return scores(policy.build(params, extra)), reference, slot_lengths(batch, shape)
+
+    ours, theirs, lengths = compare(state.params, state.extra, batch)
+    wrong = start_error(ours, theirs, lengths, policy.build(state.params, state.extra)[0].dtype)
+    if wrong is not None:
+        raise InputError(f"{policy.folder}: {wrong}")
+
+
+def init_of(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    need: Need = (),
+    *,
+    head: bool = False,
+) -> Callable[[jax.Array], TrainState]:
+    """Returns key -> the state before the first step; `head` adds a scalar head to `params`."""
+
+    def init(key: jax.Array) -> TrainState:
+        params, extra = policy.init(key)
+        if head:
+            params["head"] = new_head(policy.config.dim)
+        if "running" in need:
+            extra["running"] = dataclasses.asdict(RunningMean.start())
+        return new_state(params, optimizer, ema=config.ema_decay is not None, extra=extra)
+
+    return init
 
 
 def preference_step(
@@ -209,7 +239,10 @@ class _Parts:
 
 
 class Evaluation:
-    """Loss and metrics over all of some rows, compiled once; means weighted by examples."""
+    """Loss and metrics over all of some rows, compiled once; means weighted by examples.
+
+    A job's `evaluate`: it takes the averaged parameters where they are kept.
+    """
 
     def __init__(self, loss_of: LossOf, rows: PreferenceRows):
         self._rows = rows
@@ -220,13 +253,13 @@ class Evaluation:
 
         self._run = jax.jit(score)
 
-    def __call__(self, params: Tree, extra: Tree) -> dict[str, float]:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns the means of the metrics."""
         total: dict[str, float] = {}
         count = 0
         for batch in self._rows.in_order():
             weight = int(batch["valid"].sum())
-            found = jax.device_get(self._run(params, extra, batch))
+            found = jax.device_get(self._run(state.best_params, state.extra, batch))
             count += weight
             for name, value in found.items():
                 total[name] = total.get(name, 0.0) + weight * float(value)
