@@ -129,6 +129,7 @@ class TextGenerator:
             raise InputError(f"streaming shows one sample per prompt, got {samples}")
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         results: dict[int, list[Completion]] = {}
+        layers = self.sampler.layers(self.params, self.extra)
         for start in range(0, len(order), batch):
             numbers = order[start : start + batch]
             # A last batch of another size would be compiled anew.
@@ -142,13 +143,14 @@ class TextGenerator:
                 max_new_tokens=sampling.max_new_tokens,
                 keep_seen=sampling.repetition_penalty != 1,
                 least_prompt=least_prompt,
+                layers=layers,
             )
             if samples > 1:
                 state = dataclasses.replace(repeat_rows(state, samples), keys=keys)
             rows = [
                 _Row(self.tokenizer, prompts[i], sampling) for i in filled for _ in range(samples)
             ]
-            self._finish(state, sampling, rows, stop, numbers, on_text)
+            self._finish(state, sampling, layers, rows, stop, numbers, on_text)
             for place, number in enumerate(numbers):
                 mine = rows[place * samples : (place + 1) * samples]
                 results[number] = [row.completion for row in mine]
@@ -158,6 +160,7 @@ class TextGenerator:
         self,
         state: TextState,
         sampling: TextSampling,
+        layers: Any,
         rows: Sequence[_Row],
         stop: Sequence[str],
         numbers: Sequence[int],
@@ -165,7 +168,7 @@ class TextGenerator:
     ) -> None:
         """Draws until every row has ended; looks at the tokens once per chunk."""
         while True:
-            state, drawn = self.sampler.decode(self.params, self.extra, state, sampling)
+            state, drawn = self.sampler.decode(self.params, self.extra, state, sampling, layers)
             tokens, log_probs, valid = (np.asarray(x) for x in jax.tree.leaves(drawn))
             for place, row in enumerate(rows):
                 for column in np.flatnonzero(valid[place]):

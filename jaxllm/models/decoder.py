@@ -35,7 +35,7 @@ from jaxllm.nn.module import Blueprint
 from jaxllm.nn.norm import NormConfig, make_norm
 from jaxllm.nn.rope import RopeConfig, RotaryTable, rotary_frequencies, rotary_rows
 from jaxllm.nn.stack import Remat, scan_layers, slice_layers, stack_layers, take_layer
-from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
+from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits, weighted_nll
 from jaxllm.parallel.sharding import constrain
 
 Windows = tuple[int | None, ...]
@@ -240,6 +240,26 @@ class Decoder(nnx.Module):
             soft_cap=self.config.logit_soft_cap,
             chunk=chunk,
             with_accuracy=with_accuracy,
+        )
+
+    def weighted_nll(
+        self, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk: int = 1024
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the sum of weights times negative log-likelihoods, and which targets lead.
+
+        Args:
+          hidden: [B, T, D] from `hidden`.
+          targets: int [B, T].
+          weights: float32 [B, T].
+          chunk: Tokens whose logits exist at the same time; see `nn.vocabulary.weighted_nll`.
+        """
+        return weighted_nll(
+            hidden,
+            self.head_kernel(),
+            targets,
+            weights,
+            soft_cap=self.config.logit_soft_cap,
+            chunk=chunk,
         )
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

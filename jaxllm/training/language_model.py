@@ -150,22 +150,19 @@ def _write_sample(sample: Generate, tokenizer: Tokenizer, state: TrainState, pat
 # -- loss and evaluation -------------------------------------------------------------------------
 
 
-def text_log_probs(
-    model: Decoder, batch: Batch, *, packed: bool, key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def text_log_probs(model: Decoder, batch: Batch, *, packed: bool) -> tuple[jax.Array, jax.Array]:
     """Returns log p of each target of a batch of rows, and whether it was the most likely token.
 
     Args:
       model: The model.
       batch: `tokens`, `targets` and `segment_ids`, int [B, T].
       packed: Whether rows hold several documents; padding on the right needs no segments.
-      key: Turns dropout on.
 
     Returns:
       float32 [B, T] in nats and bool [B, T]; meaningless at padding.
     """
     segments = batch["segment_ids"] if packed else None
-    hidden = model.hidden(batch["tokens"], segment_ids=segments, key=key)
+    hidden = model.hidden(batch["tokens"], segment_ids=segments)
     log_probs, correct = model.token_logprobs(hidden, batch["targets"], with_accuracy=True)
     return log_probs, correct
 
@@ -178,11 +175,12 @@ def language_model_loss(*, packed: bool, accumulate: int = 1) -> LossFn:
     """
 
     def loss_fn(model: Decoder, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        log_probs, correct = text_log_probs(model, batch, packed=packed, key=key)
+        segments = batch["segment_ids"] if packed else None
+        hidden = model.hidden(batch["tokens"], segment_ids=segments, key=key)
         weights = batch["weights"]
         total = jnp.sum(weights)
         share = weights / jnp.where(total > 0, total, 1.0)
-        loss = -jnp.sum(share * log_probs)
+        loss, correct = model.weighted_nll(hidden, batch["targets"], share)
         return loss, {
             "accuracy": jnp.sum(share * correct),
             "perplexity": jnp.exp(loss),

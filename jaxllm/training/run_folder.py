@@ -308,13 +308,13 @@ def first_difference(old: Any, new: Any, key: str = "model") -> tuple[str, Any, 
     return None if old == new else (key, old, new)
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Returns the versions that a result depends on, and those of `more` packages if installed."""
     from importlib.metadata import version
 
     names = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {}
-    for name in names:
+    for name in (*names, *more):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = version(name)
     return {"python": platform.python_version(), **found}
