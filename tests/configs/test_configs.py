@@ -23,6 +23,7 @@ from jaxllm.images.extract import ExtractRun
 from jaxllm.images.runs import replace_in
 from jaxllm.images.tokenizer import tokenizer_blueprint
 from jaxllm.images.words import WordsRun
+from jaxllm.kvcompress.recall import RecallRun
 from jaxllm.models.code_model import code_model
 from jaxllm.training.language_model import LanguageModelRun
 from jaxllm.training.run_folder import (
@@ -61,6 +62,7 @@ SCRIPTS = {
     DemoRun: "demo.py",
     WordsRun: "words.py",
     LanguageModelRun: "lm.py",
+    RecallRun: "recall.py",
 }
 
 

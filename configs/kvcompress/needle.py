@@ -1,0 +1,38 @@
+"""Facts in filler, queried later: a model of two layers with retrieval heads.
+
+    python train/recall.py configs/kvcompress/needle.py --workdir runs/needle
+
+Hardware: 2 CPU cores. Time: under 10 minutes. Metric: `eval/accuracy`, the share of held-out
+queries answered.
+"""
+
+from jaxllm.kvcompress.recall import RecallRun
+from jaxllm.kvcompress.tasks import NeedleTask
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.nn.attention import AttentionConfig
+from jaxllm.nn.mlp import MlpConfig
+from jaxllm.nn.rope import RopeConfig
+from jaxllm.training.job import LoopConfig
+from jaxllm.training.optimizer import OptimizerConfig
+
+
+def get_config() -> RecallRun:
+    task = NeedleTask()
+    return RecallRun(
+        model=DecoderConfig(
+            vocab_size=task.vocab,
+            dim=64,
+            layers=2,
+            attention=AttentionConfig(heads=8, kv_heads=4, head_dim=16),
+            mlp=MlpConfig(hidden=160),
+            rope=RopeConfig(base=100.0),
+            max_positions=task.length,
+            init_std=0.1,
+        ),
+        task=task,
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, schedule="linear", warmup_steps=200, final_fraction=0.1
+        ),
+        loop=LoopConfig(steps=2500, log_every=100, eval_every=500),
+    )

@@ -1,0 +1,203 @@
+"""The job that trains a small decoder on one of the memory tasks, for experiments on caches.
+
+Such a model has retrieval heads after a few minutes on a CPU. `reason_needle` needs a curriculum:
+for the first `single_steps` steps a query names one key twice, afterwards a `single_share` of the
+batches still does, so that the model keeps the simpler skill (and head scores of both kinds can be
+measured on it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.data.pipeline import Batches
+from jaxllm.errors import InputError
+from jaxllm.hub.hf_folder import save_decoder
+from jaxllm.kvcompress.tasks import Batch, NeedleTask, ReasonNeedleTask, SetGetTask
+from jaxllm.models.decoder import DECODER_RULES, Decoder, DecoderConfig, decoder
+from jaxllm.parallel.mesh import MeshConfig
+from jaxllm.training.job import Job, LoopConfig
+from jaxllm.training.language_model import language_model_loss
+from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxllm.training.state import TrainState, new_state
+from jaxllm.training.step import make_step
+
+JOB = "recall"
+HELD_OUT = 1_000_003
+"""Seed of sequences that no training run sees."""
+Task = NeedleTask | ReasonNeedleTask | SetGetTask
+Tree = Any
+
+
+@dataclass(frozen=True)
+class RecallRun:
+    """Trains a decoder on a memory task."""
+
+    model: DecoderConfig
+    task: Task
+    batch_size: int = 32
+    single_steps: int = 0
+    """Steps at the beginning in which a query of ReasonNeedleTask names one key twice."""
+    single_share: float = 0.0
+    """Share of later batches in which it does."""
+    held_out: int = 256
+    """Sequences of an evaluation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.vocab_size < self.task.vocab:
+            raise InputError(
+                f"model.vocab_size {self.model.vocab_size} is less than the task's "
+                f"{self.task.vocab}"
+            )
+        if not 0 <= self.single_share <= 1 or self.single_steps < 0:
+            raise InputError(
+                f"single_share {self.single_share} must be between 0 and 1, single_steps "
+                f"{self.single_steps} not negative"
+            )
+        if (self.single_share or self.single_steps) and not isinstance(self.task, ReasonNeedleTask):
+            raise InputError(
+                f"single_steps and single_share are for ReasonNeedleTask, not "
+                f"{type(self.task).__name__}"
+            )
+        if self.batch_size < 1 or self.held_out < 1:
+            raise InputError(
+                f"batch_size {self.batch_size} and held_out {self.held_out} must be at least 1"
+            )
+
+
+def shifted(batch: Batch) -> Batch:
+    """Returns what the language-model loss takes: tokens [B, T-1], their successors, weights."""
+    return {
+        "tokens": batch["tokens"][:, :-1],
+        "targets": batch["tokens"][:, 1:],
+        "weights": batch["weights"][:, 1:],
+    }
+
+
+class _Steps:
+    """The batches of a run by step; a source for the input pipeline."""
+
+    def __init__(self, run: RecallRun, rows: slice):
+        self.run, self.rows = run, rows
+
+    def __len__(self) -> int:
+        return max(1, self.run.loop.steps)
+
+    def __getitem__(self, step: int) -> Batch:
+        run = self.run
+        seed, options = run.loop.seed, {}
+        if isinstance(run.task, ReasonNeedleTask):
+            draw = np.random.default_rng([seed, step]).random()
+            options["single"] = step < run.single_steps or bool(draw < run.single_share)
+        batch = run.task.batch(seed, step, run.batch_size, **options)
+        return {name: value[self.rows] for name, value in shifted(batch).items()}
+
+
+@dataclass(frozen=True)
+class StepBatches(Batches):
+    """Batches that are made whole for each step, as a curriculum wants, instead of drawn."""
+
+    def dataset(self) -> grain.MapDataset:
+        """Returns this host's batches as a dataset indexed by step."""
+        return grain.MapDataset.source(self.source)
+
+
+def recall_job(run: RecallRun) -> Job:
+    """Returns the job that trains `run.model` on `run.task`."""
+    blueprint = decoder(run.model)
+    optimizer = make_optimizer(run.optimizer, run.loop.steps)
+    score = RecallScorer(blueprint.build)
+
+    def init(key: jax.Array) -> TrainState:
+        params, extra = blueprint.init(key)
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        found = {"accuracy": score(state.best_params, run.task.batch(HELD_OUT, 0, run.held_out))}
+        if isinstance(run.task, ReasonNeedleTask):
+            single = run.task.batch(HELD_OUT, 1, run.held_out, single=True)
+            found["single_accuracy"] = score(state.best_params, single)
+        return found
+
+    host, hosts = jax.process_index(), jax.process_count()
+    return Job(
+        name=JOB,
+        config=run,
+        loop=run.loop,
+        mesh=run.mesh,
+        init=init,
+        step=make_step(
+            language_model_loss(packed=False, accumulate=run.optimizer.accumulate),
+            blueprint.build,
+            optimizer,
+            run.optimizer,
+        ),
+        batches=StepBatches(
+            _Steps(run, slice(host, None, hosts)),
+            run.batch_size,
+            run.loop.seed,
+            hosts=(host, hosts),
+        ),
+        rules=DECODER_RULES,
+        unit="sequences",
+        evaluate=evaluate,
+        identity={"model": run.model, "task": run.task},
+    )
+
+
+class RecallScorer:
+    """Share of queries whose answer tokens are all the model's first choice; compiles once."""
+
+    def __init__(self, build: Callable[[Any, Any], Decoder]):
+        def right(params: Tree, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+            model = build(params, {})
+            return model.token_logprobs(model.hidden(tokens), targets, with_accuracy=True)[1]
+
+        self._run = jax.jit(right)
+
+    def __call__(self, params: Tree, batch: Batch) -> float:
+        """Returns the accuracy on the queries of a batch of a task."""
+        parts = shifted(batch)
+        right = np.asarray(self._run(params, parts["tokens"], parts["targets"]))
+        return float(np.mean(answers_right(right, batch)))
+
+
+def answers_right(right: np.ndarray, batch: Batch) -> np.ndarray:
+    """Returns for every query whether its whole answer is right, bool [number of queries].
+
+    Args:
+      right: bool [B, T-1], whether the token after each place is predicted.
+      batch: Of a task.
+    """
+    rows, places = np.nonzero(batch["query"] > 0)
+    first = batch["query"][rows, places]
+    length = batch["span"][rows, places, 1] - batch["span"][rows, places, 0]
+    whole = np.ones(len(rows), bool)
+    for token in range(int(length.max())):
+        there = token < length
+        whole &= ~there | right[rows, np.where(there, first + token, 1) - 1]
+    return whole
+
+
+def export_recall(run: RecallRun, state: TrainState, folder: Path) -> None:
+    """Writes the model as a Hugging Face folder in bfloat16; an existing export stays.
+
+    Raises:
+      InputError: `folder` holds something else.
+    """
+    if (folder / "config.json").is_file():
+        return
+    config = dataclasses.replace(run.model, dropout=0.0, remat="none")
+    save_decoder(folder, config, state.best_params, dtype=jnp.bfloat16)
