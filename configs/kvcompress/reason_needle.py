@@ -17,7 +17,7 @@ from jaxllm.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RecallRun:
-    task = ReasonNeedleTask()
+    task = ReasonNeedleTask(filler_weight=0.1)
     return RecallRun(
         model=DecoderConfig(
             vocab_size=task.vocab,
@@ -31,10 +31,15 @@ def get_config() -> RecallRun:
         ),
         task=task,
         batch_size=32,
-        single_steps=1000,
+        single_steps=1500,
         single_share=0.25,
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="linear", warmup_steps=200, final_fraction=0.1
+            name="adam",
+            learning_rate=3e-3,
+            schedule="linear",
+            final_fraction=0.1,
+            beta2=0.999,
+            clip_norm=None,
         ),
-        loop=LoopConfig(steps=3000, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=3500, log_every=100, eval_every=500),
     )

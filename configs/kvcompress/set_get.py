@@ -32,7 +32,12 @@ def get_config() -> RecallRun:
         task=task,
         batch_size=8,
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="linear", warmup_steps=200, final_fraction=0.1
+            name="adam",
+            learning_rate=3e-3,
+            schedule="linear",
+            final_fraction=0.1,
+            beta2=0.999,
+            clip_norm=None,
         ),
         loop=LoopConfig(steps=2000, log_every=100, eval_every=500),
     )
