@@ -6,7 +6,9 @@ Queries of one key come first, as a curriculum. Hardware: 2 CPU cores. Time: und
 Metric: `eval/accuracy`, the share of held-out queries answered.
 """
 
-from jaxllm.kvcompress.recall import RecallRun
+from dataclasses import replace
+
+from jaxllm.kvcompress.recall import RecallRun, Stage
 from jaxllm.kvcompress.tasks import ReasonNeedleTask
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.nn.attention import AttentionConfig
@@ -23,7 +25,7 @@ def get_config() -> RecallRun:
             vocab_size=task.vocab,
             dim=64,
             layers=3,
-            attention=AttentionConfig(heads=8, kv_heads=4, head_dim=16),
+            attention=AttentionConfig(heads=8, kv_heads=4, head_dim=16, bias=True),
             mlp=MlpConfig(hidden=112),
             rope=RopeConfig(base=100.0),
             max_positions=task.length,
@@ -31,8 +33,11 @@ def get_config() -> RecallRun:
         ),
         task=task,
         batch_size=32,
-        single_steps=1500,
-        single_share=0.25,
+        single=0.25,
+        curriculum=(
+            Stage(replace(task, facts=3, queries=3), until=600, single=1.0),
+            Stage(task, until=1200, single=1.0),
+        ),
         optimizer=OptimizerConfig(
             name="adam",
             learning_rate=3e-3,
@@ -41,5 +46,5 @@ def get_config() -> RecallRun:
             beta2=0.999,
             clip_norm=None,
         ),
-        loop=LoopConfig(steps=3500, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=3000, log_every=100, eval_every=500),
     )

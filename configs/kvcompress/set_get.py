@@ -23,7 +23,7 @@ def get_config() -> RecallRun:
             vocab_size=task.vocab,
             dim=64,
             layers=2,
-            attention=AttentionConfig(heads=8, kv_heads=4, head_dim=16),
+            attention=AttentionConfig(heads=8, kv_heads=4, head_dim=16, bias=True),
             mlp=MlpConfig(hidden=160),
             rope=RopeConfig(base=100.0),
             max_positions=task.length,

@@ -1,9 +1,8 @@
 """The job that trains a small decoder on one of the memory tasks, for experiments on caches.
 
-Such a model has retrieval heads after a few minutes on a CPU. `reason_needle` needs a curriculum:
-for the first `single_steps` steps a query names one key twice, afterwards a `single_share` of the
-batches still does, so that the model keeps the simpler skill (and head scores of both kinds can be
-measured on it).
+Such a model has retrieval heads after a few minutes on a CPU, and sooner with a curriculum:
+attention that matches a key with a query is found among few facts, and reasoning over two facts
+(queries of ReasonNeedleTask that name two keys) once a model can look up one.
 """
 
 from __future__ import annotations
@@ -39,16 +38,42 @@ Tree = Any
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What the batches of some steps hold; its shapes are compiled once more."""
+
+    task: Task
+    until: int
+    """The first step that is no longer of this stage."""
+    single: float = 0.0
+    """Share of batches in which a query of ReasonNeedleTask names one key twice."""
+
+    def __post_init__(self) -> None:
+        if self.until < 0 or not 0 <= self.single <= 1:
+            raise InputError(
+                f"until {self.until} must not be negative, single {self.single} between 0 and 1"
+            )
+        if self.single and not isinstance(self.task, ReasonNeedleTask):
+            raise InputError(f"single is for ReasonNeedleTask, not {type(self.task).__name__}")
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """Returns the batch of a step."""
+        if not isinstance(self.task, ReasonNeedleTask):
+            return self.task.batch(seed, step, size)
+        draw = np.random.default_rng([seed, step]).random()
+        return self.task.batch(seed, step, size, single=bool(draw < self.single))
+
+
+@dataclass(frozen=True)
 class RecallRun:
     """Trains a decoder on a memory task."""
 
     model: DecoderConfig
     task: Task
     batch_size: int = 32
-    single_steps: int = 0
-    """Steps at the beginning in which a query of ReasonNeedleTask names one key twice."""
-    single_share: float = 0.0
-    """Share of later batches in which it does."""
+    single: float = 0.0
+    """Share of batches in which a query of ReasonNeedleTask names one key twice."""
+    curriculum: tuple[Stage, ...] = ()
+    """Comes before `task`, by ascending `until`."""
     held_out: int = 256
     """Sequences of an evaluation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -56,25 +81,23 @@ class RecallRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        if self.model.vocab_size < self.task.vocab:
-            raise InputError(
-                f"model.vocab_size {self.model.vocab_size} is less than the task's "
-                f"{self.task.vocab}"
-            )
-        if not 0 <= self.single_share <= 1 or self.single_steps < 0:
-            raise InputError(
-                f"single_share {self.single_share} must be between 0 and 1, single_steps "
-                f"{self.single_steps} not negative"
-            )
-        if (self.single_share or self.single_steps) and not isinstance(self.task, ReasonNeedleTask):
-            raise InputError(
-                f"single_steps and single_share are for ReasonNeedleTask, not "
-                f"{type(self.task).__name__}"
-            )
+        for stage in self.stages:
+            if self.model.vocab_size != stage.task.vocab:
+                raise InputError(
+                    f"model.vocab_size {self.model.vocab_size} is not the task's {stage.task.vocab}"
+                )
+        ends = [stage.until for stage in self.curriculum]
+        if ends != sorted(ends):
+            raise InputError(f"curriculum ends at steps {ends}, expected ascending ones")
         if self.batch_size < 1 or self.held_out < 1:
             raise InputError(
                 f"batch_size {self.batch_size} and held_out {self.held_out} must be at least 1"
             )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The curriculum and, to the end, the task itself."""
+        return (*self.curriculum, Stage(self.task, self.loop.steps, self.single))
 
 
 def shifted(batch: Batch) -> Batch:
@@ -97,11 +120,8 @@ class _Steps:
 
     def __getitem__(self, step: int) -> Batch:
         run = self.run
-        seed, options = run.loop.seed, {}
-        if isinstance(run.task, ReasonNeedleTask):
-            draw = np.random.default_rng([seed, step]).random()
-            options["single"] = step < run.single_steps or bool(draw < run.single_share)
-        batch = run.task.batch(seed, step, run.batch_size, **options)
+        stage = next((s for s in run.curriculum if step < s.until), run.stages[-1])
+        batch = stage.batch(run.loop.seed, step, run.batch_size)
         return {name: value[self.rows] for name, value in shifted(batch).items()}
 
 

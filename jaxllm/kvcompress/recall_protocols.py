@@ -191,31 +191,32 @@ def _compare(found: jax.Array, full: jax.Array, answers: jax.Array) -> tuple[jax
     return right, divergence, jnp.mean(best == full.argmax(-1), axis=-1)
 
 
-def recall_examples(task: Task, batch: Batch, *, single: bool = False) -> list[Example]:
-    """Returns examples for `measure_heads`, one per sequence: its first query.
+def recall_examples(task: Task, batch: Batch, *, last: bool = False) -> list[Example]:
+    """Returns examples for `measure_heads`, one per sequence: its first query, or its last.
 
     Args:
-      task: NeedleTask or ReasonNeedleTask.
-      batch: Of the task; of ReasonNeedleTask with `single` queries for retrieval, with pairs for
-        retrieval and reasoning.
-      single: Whether the queries of ReasonNeedleTask name one key, and so have no wrong answer.
+      task: Of the batch.
+      batch: Sequences. Of ReasonNeedleTask those with `single` queries measure retrieval, those
+        with pairs retrieval and reasoning.
+      last: Take the last query, which has most before it.
     """
-    reasons = isinstance(task, ReasonNeedleTask) and not single
-    examples = []
+    examples, width = [], 3 if isinstance(task, ReasonNeedleTask) else 2  # A mark, one key or two.
     for row, tokens in enumerate(batch["tokens"].tolist()):
-        at, (start, end) = int(batch["query"][row, 0]), batch["span"][row, 0].tolist()
+        query = int((batch["query"][row] > 0).sum()) - 1 if last else 0
+        at, (start, end) = int(batch["query"][row, query]), batch["span"][row, query].tolist()
         answer = tuple(tokens[at : at + end - start])
+        other = batch["distractor"][row, query].tolist() if "distractor" in batch else None
         examples.append(
             Example(
                 prompt_ids=tuple(tokens[:at]),
                 answer_ids=answer,
                 span=(start, end),
-                distractor=tuple(batch["distractor"][row, 0].tolist()) if reasons else None,
+                distractor=None if other is None or other[0] == start else tuple(other),
                 answer=" ".join(map(str, answer)),
-                question=" ".join(map(str, tokens[task.context : at])),  # type: ignore[union-attr]
+                question=" ".join(map(str, tokens[at - width : at])),
                 depth=100 * start / at,
                 length=at,
-                question_start=task.context,  # type: ignore[union-attr]
+                question_start=at - width,
             )
         )
     return examples

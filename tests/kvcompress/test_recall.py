@@ -12,7 +12,7 @@ from tiny_runs import loop, quick_compile
 
 from jaxllm.decoding.language_model import load_language_model
 from jaxllm.errors import InputError
-from jaxllm.kvcompress.recall import RecallRun, answers_right, export_recall, recall_job
+from jaxllm.kvcompress.recall import RecallRun, Stage, answers_right, export_recall, recall_job
 from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask, SetGetTask
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.nn.attention import AttentionConfig
@@ -35,7 +35,7 @@ def tiny(task=TASK, **changes) -> RecallRun:
 
 
 def test_a_run_trains_reports_and_is_exported_for_model(tmp_path):
-    run = tiny(single_steps=1)
+    run = tiny(curriculum=(Stage(TASK, 1, 1.0),))
     with quick_compile():
         result = train(recall_job(run), tmp_path / "run", devices=jax.devices()[:1])
     metrics = result.summary["metrics"]
@@ -53,15 +53,17 @@ def test_a_run_trains_reports_and_is_exported_for_model(tmp_path):
 
 
 def test_batches_follow_the_curriculum_and_the_seed():
-    run = tiny(single_steps=2)
+    easier = dataclasses.replace(TASK, filler=0)
+    run = tiny(curriculum=(Stage(easier, 1, 1.0), Stage(TASK, 2, 1.0)))
     batches = recall_job(run).batches
 
-    def single(batch) -> list[bool]:
+    def single(batch, task=TASK) -> list[bool]:
         whole = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
-        pairs = whole[:, TASK.context + 1 : TASK.context + 3]
+        assert whole.shape[1] == task.length
+        pairs = whole[:, task.context + 1 : task.context + 3]
         return (pairs[:, 0] == pairs[:, 1]).tolist()
 
-    assert all(single(batches.batch(0))) and all(single(batches.batch(1)))
+    assert all(single(batches.batch(0), easier)) and all(single(batches.batch(1)))
     assert not any(single(batches.batch(2)))
     np.testing.assert_array_equal(
         next(batches.iterate(2))["tokens"], TASK.batch(run.loop.seed, 2, 4)["tokens"][:, :-1]
@@ -70,7 +72,7 @@ def test_batches_follow_the_curriculum_and_the_seed():
     assert not np.array_equal(
         recall_job(other).batches.batch(2)["tokens"], batches.batch(2)["tokens"]
     )
-    mixed = recall_job(tiny(single_share=0.5, single_steps=0)).batches
+    mixed = recall_job(dataclasses.replace(tiny(single=0.5), loop=loop(12))).batches
     assert {all(single(mixed.source[step])) for step in range(12)} == {True, False}
 
 
@@ -89,9 +91,10 @@ def test_bad_runs_are_refused():
     run = tiny()
     for changes, message in [
         ({"model": dataclasses.replace(run.model, vocab_size=3)}, "vocab_size 3"),
-        ({"single_share": 1.5}, "single_share 1.5"),
+        ({"single": 1.5}, "single 1.5"),
+        ({"curriculum": (Stage(TASK, 2), Stage(TASK, 1))}, "ascending"),
         ({"batch_size": 0}, "batch_size 0"),
-        ({"task": NeedleTask(facts=1, keys=1, values=1), "single_steps": 3}, "NeedleTask"),
+        ({"task": NeedleTask(facts=1, keys=1, values=7), "single": 0.5}, "NeedleTask"),
     ]:
         with pytest.raises(InputError, match=message):
-            dataclasses.replace(run, **changes)
+            recall_job(dataclasses.replace(run, **changes))
