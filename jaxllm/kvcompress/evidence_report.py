@@ -173,7 +173,8 @@ def _tables(rows: list[Row], task: str, protocol: str) -> list[str]:
 def _models(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Head scores\n",
-        "Share of the summed score in the best head, the best quarter of query heads, each layer.\n",
+        "Share of the summed score in the best head, the best quarter of query heads and each "
+        "layer.\n",
         "| task | seed | estimator | best head | best quarter | by layer |",
         "|---|---|---|---|---|---|",
     ]

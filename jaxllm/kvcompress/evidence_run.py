@@ -15,7 +15,7 @@ from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask, SetGetTask
 
 TASKS: Mapping[str, Task] = {
     "needle": NeedleTask(),
-    "reason_needle": ReasonNeedleTask(),
+    "reason_needle": ReasonNeedleTask(keys=8, values=8),
     "set_get": SetGetTask(),
 }
 TEST, VALIDATION, HEADS = 2_000_003, 3_000_017, 4_000_037

@@ -14,9 +14,15 @@ from jaxllm.kvcompress.bucketed_cache import bucketed_caches
 from jaxllm.kvcompress.compress import Eviction
 from jaxllm.kvcompress.masked_cache import Choice, masked_cache
 from jaxllm.kvcompress.plan import plan_of
-from jaxllm.kvcompress.recall_protocols import PROTOCOLS, PlanAsker, ask, measures
+from jaxllm.kvcompress.recall_protocols import (
+    PROTOCOLS,
+    PlanAsker,
+    ask,
+    measures,
+    recall_examples,
+)
 from jaxllm.kvcompress.scorers import Accumulated, Recent, Window
-from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask
+from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask, SetGetTask
 from jaxllm.models.decoder import DecoderConfig, decoder
 from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
@@ -129,6 +135,30 @@ def test_answers_of_a_protocol_are_those_of_the_task():
                 wanted = [batch["tokens"][row, at : at + width].tolist() for at in starts[row]]
                 found = asked.answers.reshape(2, -1, width)[row].tolist()
                 assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "task",
+    [TASK, ReasonNeedleTask(facts=4, queries=3, filler=4), SetGetTask(operations=20, keys=3)],
+)
+def test_examples_to_measure_heads_by_are_questions_of_the_task(task):
+    batch = task.batch(0, 0, 3)
+    for last in (False, True):
+        for row, example in enumerate(recall_examples(task, batch, last=last)):
+            tokens, at = batch["tokens"][row].tolist(), len(example.prompt_ids)
+            asked = batch["query"][row][batch["query"][row] > 0]
+            assert at == asked[-1 if last else 0]
+            assert list(example.prompt_ids) == tokens[:at]
+            start, end = example.span
+            assert list(example.answer_ids) == tokens[start:end] == tokens[at : at + end - start]
+            mark = {NeedleTask: 9, ReasonNeedleTask: 9, SetGetTask: 1}[type(task)]
+            assert tokens[example.question_start] == mark
+            assert (example.distractor is not None) == isinstance(task, ReasonNeedleTask)
+            if example.distractor is not None:
+                assert example.distractor != example.span
+    if isinstance(task, ReasonNeedleTask):
+        single = recall_examples(task, task.batch(0, 0, 3, single=True))
+        assert all(example.distractor is None for example in single)
 
 
 def test_scorers_that_need_more_queries_are_refused():
