@@ -17,7 +17,7 @@ from jaxllm.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RecallRun:
-    task = NeedleTask()
+    task = NeedleTask(keys=8)
     return RecallRun(
         model=DecoderConfig(
             vocab_size=task.vocab,
@@ -36,5 +36,5 @@ def get_config() -> RecallRun:
         optimizer=OptimizerConfig(
             name="adam", learning_rate=3e-3, beta2=0.999, clip_norm=None, ema_decay=0.99
         ),
-        loop=LoopConfig(steps=2000, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=1500, log_every=100, eval_every=500),
     )

@@ -103,6 +103,9 @@ def _model(run: CacheEvidenceRun, name: str, seed: int) -> LanguageModel:
         )
         if not isinstance(config, RecallRun):
             raise InputError(f"configs/kvcompress/{name}.py is not a RecallRun")
+        if config.init_from is not None:  # `tasks` has needle first.
+            start = Path("runs") / "headkv" / f"needle-{seed}" / "model"
+            config = dataclasses.replace(config, init_from=str(start))
         folder = workdir / "model"
         shutil.rmtree(folder, ignore_errors=True)
         export_recall(config, train(recall_job(config), workdir).state, folder)

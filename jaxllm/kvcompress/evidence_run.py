@@ -14,7 +14,7 @@ from jaxllm.kvcompress.scorers import Window
 from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask, SetGetTask
 
 TASKS: Mapping[str, Task] = {
-    "needle": NeedleTask(),
+    "needle": NeedleTask(keys=8),
     "reason_needle": ReasonNeedleTask(keys=8, values=8),
     "set_get": SetGetTask(),
 }

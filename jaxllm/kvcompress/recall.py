@@ -17,10 +17,11 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxllm.data.pipeline import Batches
 from jaxllm.errors import InputError
-from jaxllm.hub.hf_folder import save_decoder
+from jaxllm.hub.hf_folder import load_decoder, save_decoder
 from jaxllm.kvcompress.tasks import Batch, NeedleTask, ReasonNeedleTask, SetGetTask
 from jaxllm.models.decoder import DECODER_RULES, Decoder, DecoderConfig, decoder
 from jaxllm.parallel.mesh import MeshConfig
@@ -74,6 +75,8 @@ class RecallRun:
     """Share of batches in which a query of ReasonNeedleTask names one key twice."""
     curriculum: tuple[Stage, ...] = ()
     """Comes before `task`, by ascending `until`."""
+    init_from: str | None = None
+    """A Hugging Face folder, such as a run's `model`, whose parameters training starts from."""
     held_out: int = 256
     """Sequences of an evaluation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -151,6 +154,16 @@ def recall_job(run: RecallRun) -> Job:
             found["single_accuracy"] = score(state.best_params, single)
         return found
 
+    def load(mesh: Mesh) -> Tree:
+        config, _, params = load_decoder(str(run.init_from), mesh=mesh)
+        for name in ("vocab_size", "dim", "layers", "attention", "mlp", "rope"):
+            if getattr(config, name) != getattr(run.model, name):
+                raise InputError(
+                    f"init_from {run.init_from}: {name} is {getattr(config, name)}, this model has "
+                    f"{getattr(run.model, name)}"
+                )
+        return params
+
     host, hosts = jax.process_index(), jax.process_count()
     return Job(
         name=JOB,
@@ -158,6 +171,7 @@ def recall_job(run: RecallRun) -> Job:
         loop=run.loop,
         mesh=run.mesh,
         init=init,
+        load=None if run.init_from is None else load,
         step=make_step(
             language_model_loss(packed=False, accumulate=run.optimizer.accumulate),
             blueprint.build,

@@ -47,6 +47,11 @@ def test_a_run_trains_reports_and_is_exported_for_model(tmp_path):
     assert model.config.attention == run.model.attention
     kept = np.asarray(result.state.params["embed"].astype(jnp.bfloat16), np.float32)
     np.testing.assert_array_equal(np.asarray(model.params["embed"]), kept)
+    start = dataclasses.replace(run, init_from=str(tmp_path / "model"))
+    np.testing.assert_array_equal(np.asarray(recall_job(start).load(None)["embed"]), kept)
+    wider = dataclasses.replace(start, model=dataclasses.replace(run.model, dim=12))
+    with pytest.raises(InputError, match="dim is 8, this model has 12"):
+        recall_job(wider).load(None)
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(InputError, match="expected a new or an empty folder"):
         export_recall(run, result.state, tmp_path / "model")
