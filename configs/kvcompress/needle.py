@@ -27,7 +27,7 @@ def get_config() -> RecallRun:
             mlp=MlpConfig(hidden=160),
             rope=RopeConfig(base=100.0),
             max_positions=task.length,
-            init_std=0.1,
+            init_std=0.08,
         ),
         task=task,
         batch_size=32,
@@ -36,5 +36,5 @@ def get_config() -> RecallRun:
         optimizer=OptimizerConfig(
             name="adam", learning_rate=3e-3, beta2=0.999, clip_norm=None, ema_decay=0.99
         ),
-        loop=LoopConfig(steps=1500, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=1000, log_every=100, eval_every=500),
     )

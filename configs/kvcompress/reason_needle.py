@@ -28,7 +28,7 @@ def get_config() -> RecallRun:
             mlp=MlpConfig(hidden=160),
             rope=RopeConfig(base=100.0),
             max_positions=task.length,
-            init_std=0.1,
+            init_std=0.08,
         ),
         task=task,
         batch_size=32,

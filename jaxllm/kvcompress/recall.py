@@ -75,6 +75,9 @@ class RecallRun:
     """Share of batches in which a query of ReasonNeedleTask names one key twice."""
     curriculum: tuple[Stage, ...] = ()
     """Comes before `task`, by ascending `until`."""
+    embed_std: float = 1.0
+    """Standard deviation of fresh embeddings. Beside what the first layers add at the beginning,
+    an embedding must stand out: a head that compares keys finds them by it."""
     init_from: str | None = None
     """A Hugging Face folder, such as a run's `model`, whose parameters training starts from."""
     held_out: int = 256
@@ -145,6 +148,7 @@ def recall_job(run: RecallRun) -> Job:
 
     def init(key: jax.Array) -> TrainState:
         params, extra = blueprint.init(key)
+        params = {**params, "embed": params["embed"] * (run.embed_std / run.model.init_std)}
         return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
 
     def evaluate(state: TrainState) -> dict[str, float]:
