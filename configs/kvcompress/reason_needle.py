@@ -2,9 +2,9 @@
 
     python train/recall.py configs/kvcompress/reason_needle.py --workdir runs/reason_needle
 
-Starts from the model of `needle.py` (from nothing, 3,500 steps were not enough to learn to match
-keys), with queries of one key first. Hardware: 2 CPU cores. Time: under 10 minutes. Metric:
-`eval/accuracy`, the share of held-out queries answered.
+Starts from the model of `needle.py`, which matches keys already, with queries of one key first.
+Hardware: 2 CPU cores. Time: under 10 minutes. Metric: `eval/accuracy`, the share of held-out
+queries answered.
 """
 
 from jaxllm.kvcompress.recall import RecallRun, Stage

@@ -36,5 +36,5 @@ def get_config() -> RecallRun:
         optimizer=OptimizerConfig(
             name="adam", learning_rate=3e-3, beta2=0.999, clip_norm=None, ema_decay=0.99
         ),
-        loop=LoopConfig(steps=1500, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=1000, log_every=100, eval_every=500),
     )

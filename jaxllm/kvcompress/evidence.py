@@ -10,6 +10,7 @@ are causes, repeated compression during long decoding, and the speed of the real
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +26,14 @@ from jaxllm.errors import InputError
 from jaxllm.evals.statistics import nested_interval
 from jaxllm.kvcompress.evidence_checks import causal_check, long_decode, step_times
 from jaxllm.kvcompress.evidence_report import write_report
-from jaxllm.kvcompress.evidence_run import HEADS, TASKS, TEST, VALIDATION, CacheEvidenceRun
+from jaxllm.kvcompress.evidence_run import (
+    HEADS,
+    PARTS,
+    TASKS,
+    TEST,
+    VALIDATION,
+    CacheEvidenceRun,
+)
 from jaxllm.kvcompress.measure import measure_heads
 from jaxllm.kvcompress.recall import RecallRun, Task, export_recall, recall_job
 from jaxllm.kvcompress.recall_methods import (
@@ -47,51 +55,93 @@ from jaxllm.kvcompress.recall_protocols import (
 )
 from jaxllm.kvcompress.tasks import ReasonNeedleTask
 from jaxllm.training.loop import train
-from jaxllm.training.run_folder import load_config, override, versions
+from jaxllm.training.run_folder import (
+    first_difference,
+    load_config,
+    override,
+    read_json,
+    versions,
+)
 
 
 def headkv_evidence(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
-    """Runs all parts and writes headkv.json, headkv.md and headkv.png to `folder`."""
+    """Runs the parts and writes headkv.json, headkv.md and headkv.png to `folder`.
+
+    Raises:
+      InputError: A missing model, or parts to be kept that are not there or of other settings.
+    """
     began = time.perf_counter()
-    result: dict[str, Any] = {
-        "config": dataclasses.asdict(run),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-        "models": [],
-        "settings": [],
-        "causal": [],
-        "long": [],
-        "times": [],
-    }
+    result = _kept(run, folder)
+    before = result["seconds"]
 
     def save() -> None:
-        result["seconds"] = round(time.perf_counter() - began, 1)
+        result["seconds"] = round(before + time.perf_counter() - began, 1)
         write_report(result, folder)
 
-    loaded: dict[str, list[tuple[LanguageModel, dict[str, np.ndarray]]]] = {}
-    for name in run.tasks:
-        loaded[name] = []
-        for seed in run.seeds:
-            model = _model(run, name, seed)
-            scores = head_scores(model, TASKS[name], run.examples)
-            loaded[name].append((model, scores))
-            result["models"].append(
-                {"task": name, "seed": seed, **{k: v.tolist() for k, v in scores.items()}}
-            )
-        compare = Comparison(run, name, loaded[name])
-        for protocol in run.protocols:
+    if "compare" in run.parts:
+        result["models"], result["settings"] = [], []
+    if "causal" in run.parts:
+        result["causal"] = []
+    for name in run.tasks if {"compare", "causal"} & set(run.parts) else ():
+        models = [_model(run, name, seed) for seed in run.seeds]
+        scores = [
+            _scores(result, model, name, seed, run)
+            for model, seed in zip(models, run.seeds, strict=True)
+        ]
+        pairs = list(zip(models, scores, strict=True))
+        compare = Comparison(run, name, pairs)
+        for protocol in run.protocols if "compare" in run.parts else ():
             result["settings"] += compare(protocol)
             save()
-        result["causal"] += causal_check(run, name, loaded[name])
-        save()
-    if run.long_seeds:
+        if "causal" in run.parts:
+            result["causal"] += causal_check(run, name, pairs)
+            save()
+    if "long" in run.parts:
         models = [_model(run, "set_get", seed) for seed in run.long_seeds]
         result["long"] = long_decode(run, TASKS["set_get"], models)
         save()
-    if run.timed_length:
-        result["times"] = step_times(run, *loaded[run.tasks[-1]][0])
+    if "times" in run.parts:
+        name, seed = run.tasks[-1], run.seeds[0]
+        model = _model(run, name, seed)
+        result["times"] = step_times(run, model, _scores(result, model, name, seed, run))
     save()
     return result
+
+
+def _kept(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
+    """Returns empty results, or those of the folder if only some parts are run."""
+    plain = json.loads(json.dumps(dataclasses.asdict(run)))
+    if set(run.parts) >= set(PARTS) or not (folder / "headkv.json").is_file():
+        return {
+            "config": plain,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+            "seconds": 0.0,
+            **{name: [] for name in ("models", "settings", "causal", "long", "times")},
+        }
+    result = read_json(folder / "headkv.json")
+    free = ("parts", "models", "retrain")
+    old, new = ({k: v for k, v in c.items() if k not in free} for c in (result["config"], plain))
+    if difference := first_difference(old, new, "config"):
+        key, before, now = difference
+        raise InputError(
+            f"{folder / 'headkv.json'} was made with {key} {before!r}, this run has {now!r}: its "
+            "parts do not belong together; run all parts"
+        )
+    return result
+
+
+def _scores(
+    result: dict[str, Any], model: LanguageModel, name: str, seed: int, run: CacheEvidenceRun
+) -> dict[str, np.ndarray]:
+    """Returns a model's head scores, measured unless `result` has them, where they are kept."""
+    for row in result["models"]:
+        if (row["task"], row["seed"]) == (name, seed):
+            return {k: np.asarray(v) for k, v in row.items() if k not in ("task", "seed")}
+    found = head_scores(model, TASKS[name], run.examples)
+    kept = {estimator: table.tolist() for estimator, table in found.items()}
+    result["models"].append({"task": name, "seed": seed, **kept})
+    return found
 
 
 def _model(run: CacheEvidenceRun, name: str, seed: int) -> LanguageModel:

@@ -18,6 +18,7 @@ TASKS: Mapping[str, Task] = {
     "reason_needle": ReasonNeedleTask(keys=8, values=8),
     "set_get": SetGetTask(),
 }
+PARTS = ("compare", "causal", "long", "times")
 TEST, VALIDATION, HEADS = 2_000_003, 3_000_017, 4_000_037
 """Seeds of sequences; none is a training seed."""
 
@@ -30,6 +31,8 @@ class CacheEvidenceRun:
     """Folder of trained models, TASK-SEED each."""
     retrain: bool = False
     """Train the models again, into runs/headkv, from configs/kvcompress."""
+    parts: tuple[str, ...] = PARTS
+    """What is run; the others are kept from the results that the folder holds."""
     tasks: tuple[str, ...] = ("needle", "reason_needle")
     seeds: tuple[int, ...] = (0, 1, 2)
     protocols: tuple[Protocol, ...] = PROTOCOLS
@@ -49,16 +52,17 @@ class CacheEvidenceRun:
     """Heads set to zero in the causal check."""
     zero_draws: int = 20
     long_seeds: tuple[int, ...] = (0,)
-    """Models of the long decoding task; empty skips it."""
+    """Models of the long decoding task."""
     long_budgets: tuple[int, ...] = (2, 4, 8)
     timed_length: int = 2048
-    """Context of the timed caches; 0 skips them."""
+    """Context of the timed caches."""
     timed_budget: int = 64
 
     def __post_init__(self) -> None:
         if len(self.seeds) < 2 or self.sequences < 2:
             raise InputError(f"seeds {self.seeds}: an interval needs two models and two sequences")
-        for name, known in (("tasks", TASKS), ("methods", METHODS), ("protocols", PROTOCOLS)):
+        allowed = {"parts": PARTS, "tasks": TASKS, "methods": METHODS, "protocols": PROTOCOLS}
+        for name, known in allowed.items():
             for value in getattr(self, name):
                 if value not in known:
                     raise InputError(f"{name}: {value!r} is not one of {', '.join(known)}")

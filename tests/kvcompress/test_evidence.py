@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -102,6 +103,12 @@ def test_the_smallest_run_writes_its_page(tmp_path, monkeypatch):
     for row in result["times"]:
         assert row["traces"] == 1 and row["microseconds"] > 0
         assert row["bytes"] == row["planned_bytes"]
+    kept = dataclasses.replace(run, parts=("times",))
+    monkeypatch.setattr(evidence, "step_times", lambda *_: [])
+    assert headkv_evidence(kept, tmp_path / "out")["settings"] == result["settings"]
+    with pytest.raises(InputError, match="made with config.window 4, this run has 5"):
+        headkv_evidence(dataclasses.replace(kept, window=5), tmp_path / "out")
+    evidence.write_report(result, tmp_path / "out")
     page = (tmp_path / "out" / "headkv.md").read_text()
     assert page == evidence_markdown(result)
     for part in ("compressed before any question", "long decoding", "Decode steps", "as bad"):
