@@ -50,7 +50,7 @@ class CacheEvidenceRun:
     pool: int = 3
     zeroed: tuple[int, ...] = (1, 2, 4, 8)
     """Heads set to zero in the causal check."""
-    zero_draws: int = 20
+    zero_draws: int = 10
     long_seeds: tuple[int, ...] = (0,)
     """Models of the long decoding task."""
     long_budgets: tuple[int, ...] = (2, 4, 8)

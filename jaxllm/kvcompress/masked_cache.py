@@ -121,12 +121,15 @@ class MaskedCache:
         scores = jnp.where(self.positions < choice.sinks, jnp.inf, scores)
         scores = jnp.where(candidate, scores, -jnp.inf)
         rank = _ranks(scores)
+
+        def shared() -> jax.Array:
+            # Ada: a head's floor comes first, the rest by score whoever's it is.
+            ranked = jnp.where((rank < choice.floor) & candidate, jnp.inf, scores)
+            place = _ranks(ranked.reshape(len(scores), -1)).reshape(scores.shape)
+            return place < choice.capacities.sum()
+
         own = rank < choice.capacities[:, None]
-        # Ada: a head's floor comes first, the rest by score whoever's it is.
-        flat = jnp.where(rank < choice.floor, jnp.inf, scores).reshape(len(scores), -1)
-        shared = _ranks(jnp.where(candidate.reshape(flat.shape), flat, -jnp.inf))
-        ours = shared.reshape(scores.shape) < choice.capacities.sum()
-        kept = candidate & jnp.where(choice.adaptive, ours, own)
+        kept = candidate & jax.lax.cond(choice.adaptive, shared, lambda: own)
         return dataclasses.replace(self, positions=jnp.where(kept | protected, self.positions, -1))
 
     def without_last(self) -> MaskedCache:
@@ -146,7 +149,11 @@ class MaskedCache:
 
 def _ranks(scores: jax.Array) -> jax.Array:
     """Place of every score along the last axis, 0 for the highest, of equals the first."""
-    return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+    # Counting what comes before each is faster than two sorts at the lengths simulated here.
+    this, other = scores[..., :, None], scores[..., None, :]
+    index = jnp.arange(scores.shape[-1])
+    before = (other > this) | ((other == this) & (index < index[:, None]))
+    return jnp.sum(before, axis=-1)
 
 
 def masked_cache(
