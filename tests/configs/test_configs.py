@@ -23,6 +23,7 @@ from jaxllm.images.extract import ExtractRun
 from jaxllm.images.runs import replace_in
 from jaxllm.images.tokenizer import tokenizer_blueprint
 from jaxllm.images.words import WordsRun
+from jaxllm.kvcompress.recall import RecallRun
 from jaxllm.models.code_model import code_model
 from jaxllm.preference.config import PreferenceRun
 from jaxllm.preference.reward_scorer import RewardRun
@@ -65,6 +66,7 @@ SCRIPTS = {
     LanguageModelRun: "lm.py",
     PreferenceRun: "preference.py",
     RewardRun: "reward.py",
+    RecallRun: "recall.py",
 }
 
 
