@@ -148,7 +148,7 @@ def jit_step(step: StepFn, state: Any, rows: NamedSharding) -> Any:
 
 def abstract_state(job: Job | Program, mesh: Mesh) -> TrainState:
     """Returns the shapes, types and places of a state: parameters by rule, their mirrors alike."""
-    abstract = jax.eval_shape(job.init, jax.random.key(0))
+    abstract = jax.eval_shape(lambda: job.init(jax.random.key(0)))
     params = param_shardings(abstract.params, job.rules, mesh)
     places = like_params(abstract, abstract.params, params, mesh)
     return jax.tree.map(
