@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.parallel.sharding import AXES
+from jaxllm.parallel.sharding import AXES, constrain
 
 
 def vocabulary_logits(
@@ -188,11 +188,12 @@ def _backward(
             return _one_chunk(h, k, part[1], None, soft_cap)[0]
 
         d_hidden, d_kernel = jax.vjp(log_probs, part[0], whole)[1](part[2])
-        return total + d_kernel.astype(jnp.float32), d_hidden
+        return constrain(total + d_kernel.astype(jnp.float32), None, "vocab"), d_hidden
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     parts = _cut(chunk, targets.size, flat, targets.reshape(-1), cotangents[0].reshape(-1))
-    total, d_hidden = jax.lax.scan(body, jnp.zeros(whole.shape, jnp.float32), parts)
+    nothing = constrain(jnp.zeros(whole.shape, jnp.float32), None, "vocab")
+    total, d_hidden = jax.lax.scan(body, nothing, parts)
     if split:
         total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, tiled=True)
     # Over axes along which the projection is not split, `shard_map` adds up its gradient itself.
@@ -205,7 +206,9 @@ _local.defvjp(_forward, _backward)
 
 def _gathered(kernel: jax.Array, dtype: jnp.dtype, split: bool) -> jax.Array:
     kernel = kernel.astype(dtype)  # First: half the bytes over the links.
-    return jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True) if split else kernel
+    if split:
+        kernel = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
+    return constrain(kernel, None, "vocab")  # What splits the vocabulary goes on doing so.
 
 
 def _cut(chunk: int, tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
