@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--rows", type=int, default=1, metavar="B", help="of the decode step")
     plan.add_argument("--kv", default="full", metavar="SPEC", help="cache plan of the decode step")
     plan.add_argument("--picture", metavar="PNG")
+    plan.add_argument("--render", metavar="DIR", help="only write files that launch the run")
 
     plot = add("plot", "Plot metrics of run folders.", "plot")
     plot.add_argument("runs", nargs="+", metavar="RUN")

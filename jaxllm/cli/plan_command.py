@@ -9,6 +9,7 @@ from typing import Any
 from jaxllm.data.records import check_target
 from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import resolve_shape
+from jaxllm.planning.launch import Launch, render
 from jaxllm.planning.plan import Knobs, Request, search, too_large, what_fits
 from jaxllm.planning.topologies import GIB, Topology, find_topology
 from jaxllm.training.run_folder import load_config, override
@@ -26,6 +27,9 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     if options.picture:
         check_target(Path(options.picture))
     config = override(load_config(Path(options.config)), options.overrides)
+    if options.render:
+        launch = launch_of(options.config, options.overrides, options.topology)
+        return {"rendered": render(launch, Path(options.render)), "command": launch.command}
     decode = None
     if options.decode is not None:
         decode = {"context": options.decode, "rows": options.rows, "kv": options.kv}
@@ -45,6 +49,28 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         draw(figures, topology, Path(options.picture))
         result["picture"] = options.picture
     return result
+
+
+SCRIPTS = {
+    "TokenizerRun": "tokenizer.py",
+    "CodeModelRun": "code_model.py",
+    "RQTransformerRun": "code_model.py",
+    "ClassifierRun": "classifier.py",
+    "LanguageModelRun": "lm.py",
+}
+
+
+def launch_of(config: str, overrides: list[str], topology: str, *, spot: bool = True) -> Launch:
+    """Returns how a config is started on a topology.
+
+    Raises:
+      InputError: An unknown topology, a bad config, or one that no script runs on many hosts.
+    """
+    chosen = find_topology(topology)
+    kind = type(override(load_config(Path(config)), overrides)).__name__
+    if kind not in SCRIPTS:
+        raise InputError(f"config {config}: a {kind} does not run on many hosts")
+    return Launch(SCRIPTS[kind], config, tuple(overrides), chosen, spot)
 
 
 def knobs_of(config: Any, decode: dict[str, Any] | None) -> Knobs | None:
@@ -124,7 +150,9 @@ def _times(topology: Topology, figures: dict[str, Any]) -> dict[str, Any]:
         },
         "GB moved per chip": figures["memory_bytes"] / 1e9,
     }
-    gather = figures["largest_gather"]
+    array, gather = figures["largest_array"], figures["largest_gather"]
+    result["largest array"] = array["type"]
+    result["largest array MiB"] = round(array["nbytes"] / 1024**2, 1)
     if gather is not None:
         result["largest all-gather MiB"] = round(gather["nbytes"] / 1024**2, 1)
         result["largest layer MiB"] = round(figures["layer_bytes"] / 1024**2, 1)

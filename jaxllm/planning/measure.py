@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxllm.planning import flops, memory
 from jaxllm.planning.collectives import find_collectives, summed
-from jaxllm.planning.hlo import Module, parse
+from jaxllm.planning.hlo import Array, Module, parse
 from jaxllm.planning.programs import Planned
 from jaxllm.planning.topologies import Topology
 from jaxllm.planning.traffic import memory_bytes
@@ -31,6 +31,12 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
         "model_flops": planned.model_flops,
         "tokens": planned.tokens,
     }
+    held = sum(parts.values())
+    if topology.chip is not None and held > topology.chip.hbm_bytes:
+        # What comes in is already too much; the compiler could only take minutes to say so.
+        limit = float(topology.chip.hbm_bytes)
+        figures["memory"] = {"fits": False, "peak": held, "limit": limit}
+        return figures
     start = time.perf_counter()
     lowered = planned.function.lower(*planned.arguments)
     traced = time.perf_counter()
@@ -59,6 +65,7 @@ def _of_text(
     gathered = [one for one in every if one.kind == "all-gather"]
     largest = max(gathered, key=lambda one: one.nbytes, default=None)
     kernels = flops.kernel_flops(module)
+    array = largest_array(module)
     return {
         "flops": {
             "products": flops.compiled_flops(module),
@@ -67,7 +74,26 @@ def _of_text(
         "memory_bytes": memory_bytes(module),
         "collectives": [one.plain() for one in summed(every)],
         "largest_gather": None if largest is None else largest.plain(),
+        "largest_array": {
+            "type": f"{array.dtype}[{','.join(map(str, array.shape))}]",
+            "nbytes": array.nbytes,
+        },
         "layer_bytes": planned.layer_bytes,
         "attention_kernels": sorted(kernels),
         "loops": sum(line.opcode == "while" for _, line, _ in module.instructions()),
     }
+
+
+def largest_array(module: Module) -> Array:
+    """Returns the largest array that the program itself makes, as one device holds it.
+
+    What only passes through, such as the parameters that a loop carries, does not count.
+    """
+    passed = ("parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "bitcast")
+    made = (
+        array
+        for _, line, times in module.instructions()
+        if times and line.opcode not in passed
+        for array in line.results
+    )
+    return max(made, key=lambda array: array.nbytes)

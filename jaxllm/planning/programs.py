@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import InputError
 from jaxllm.models.decoder import DECODER_RULES, DecoderConfig, decoder
+from jaxllm.nn.stack import take_layer
 from jaxllm.parallel.sharding import activation_spec, batch_sharding, leaf_paths, spec_for
 from jaxllm.planning.flops import decode_flops
 from jaxllm.training.job import Program
@@ -122,7 +123,8 @@ def decode_step(
         jax.tree.map(lambda leaf: _unstacked(leaf, mesh), params["layers"])
         for _ in range(config.layers)
     ]
-    caches = jax.eval_shape(lambda: new_caches(rows, context, context))
+    # Room is made once a block of tokens; the step is one that finds it.
+    caches = jax.eval_shape(lambda: [c.begin_block(1) for c in new_caches(rows, context, context)])
     caches = jax.tree.map(lambda leaf: _cache_leaf(leaf, rows, mesh), caches)
     line = NamedSharding(mesh, activation_spec(mesh, (rows, 1), ("batch", None)))
     tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=line)
@@ -130,12 +132,11 @@ def decode_step(
     def step(params: Any, layers: Any, caches: Any, tokens: Any, positions: Any) -> Any:
         # The stacked layers are arguments that nothing reads, which `jit` leaves out.
         model = blueprint.build(params, {})
-        blocks = [blueprint.build({**params, "layers": _stacked(x)}, {}).unstack()[0]
-                  for x in layers]  # fmt: skip
-        caches = [cache.begin_block(1) for cache in caches]
+        stacks = [blueprint.build({**params, "layers": _stacked(x)}, {}).layers for x in layers]
+        blocks = [take_layer(stack, 0) for stack in stacks]
         hidden, caches = model.step(blocks, caches, tokens, positions)
         chosen = jnp.argmax(model.logits(hidden[:, -1]), axis=-1)
-        return chosen.astype(jnp.int32), [cache.end_block() for cache in caches]
+        return chosen.astype(jnp.int32), caches
 
     places = jax.tree.map(lambda leaf: leaf.sharding, caches)
     rest = {name: part for name, part in params.items() if name != "layers"}

@@ -40,6 +40,7 @@ class Chip:
     wraps_from: int
     """Chips along a dimension from which on its ends are joined (multiples of it)."""
     chips_per_host: int
+    """Most chips of a single machine."""
     cores: int
     """Units that the accelerator type counts per chip."""
     source: str
@@ -95,8 +96,10 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Machines, each of which runs one process."""
-        return 1 if self.chip is None else max(1, self.chips // self.chip.chips_per_host)
+        """Machines, each of which runs one process: 4 chips each once there are several."""
+        if self.chip is None or self.chips <= self.chip.chips_per_host:
+            return 1
+        return self.chips // 4
 
     @property
     def accelerator_type(self) -> str | None:
