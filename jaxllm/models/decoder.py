@@ -263,7 +263,11 @@ class Decoder(nnx.Module):
         )
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        x = self.embed[...][tokens]
+        # Each device looks up its slice of D for the rows of its fsdp group, then rows and slices
+        # change places: only activations cross the links, where the table or the activations of
+        # the whole batch otherwise would.
+        x = self.embed[...][constrain(tokens, "lookup_rows", None)]
+        x = constrain(x, "lookup_rows", None, "embed")
         if self.config.scale_embeddings:
             # Rounded to the compute dtype first, as the released model was trained.
             x = x.astype(self.dtype) * jnp.asarray(self.config.dim**0.5, self.dtype)

@@ -54,6 +54,20 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class Program:
+    """The part of a job that is compiled; it takes shapes and no data.
+
+    A system makes its job from its program, so that what is planned is what runs.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    step: StepFn
+    rules: Rules
+    batch: dict[str, jax.ShapeDtypeStruct]
+    """Shapes and types of one step's examples over all hosts."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One training stage, ready to run.
 

@@ -45,7 +45,7 @@ from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.training.checkpoint import finished_steps, read_newest
-from jaxllm.training.job import Job, LoopConfig
+from jaxllm.training.job import Job, LoopConfig, Program
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.run_folder import first_difference, from_plain, read_json, to_plain
 from jaxllm.training.state import TrainState, new_state
@@ -95,14 +95,9 @@ def language_model_job(
         )
     train_rows = open_text(run.data, tokenizer, "train")
     load = starting_point(run, tokenizer)
-    blueprint = decoder(run.model, compute_dtype(run.precision))
-    optimizer = make_optimizer(run.optimizer, run.loop.steps)
-    packed = run.data.packing != "none"
-    score = TextScorer(blueprint.build, run.data.batch_size, packed=packed)
-
-    def init(key: jax.Array) -> TrainState:
-        params, extra = blueprint.init(key)
-        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+    program = language_model_program(run)
+    build = decoder(run.model, compute_dtype(run.precision)).build
+    score = TextScorer(build, run.data.batch_size, packed=run.data.packing != "none")
 
     evaluate = None
     if run.data.holds_out:
@@ -112,26 +107,50 @@ def language_model_job(
             return score.summary(state.best_params, state.extra, validation)
 
     _keep_tokenizer(tokenizer, workdir)  # Only now: a refused run leaves no folder.
-    loss_fn = language_model_loss(packed=packed, accumulate=run.optimizer.accumulate)
     return Job(
         name=JOB,
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init,
+        init=program.init,
         load=load,
-        step=make_step(loss_fn, blueprint.build, optimizer, run.optimizer),
+        step=program.step,
         batches=Batches(
             train_rows,
             run.data.batch_size,
             run.loop.seed,
             hosts=(jax.process_index(), jax.process_count()),
         ),
-        rules=DECODER_RULES,
+        rules=program.rules,
         unit="rows",
         evaluate=evaluate,
         sample=None if sample is None else partial(_write_sample, sample, tokenizer),
         identity=model_identity(run.model, tokenizer),
+    )
+
+
+def language_model_program(run: LanguageModelRun) -> Program:
+    """Returns what `language_model_job` compiles."""
+    blueprint = decoder(run.model, compute_dtype(run.precision))
+    optimizer = make_optimizer(run.optimizer, run.loop.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        params, extra = blueprint.init(key)
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+
+    loss_fn = language_model_loss(
+        packed=run.data.packing != "none", accumulate=run.optimizer.accumulate
+    )
+    shape = (run.data.batch_size, run.data.row_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32)
+        for name in ("tokens", "targets", "positions", "segment_ids")
+    }
+    return Program(
+        init=init,
+        step=make_step(loss_fn, blueprint.build, optimizer, run.optimizer),
+        rules=DECODER_RULES,
+        batch={**batch, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)},
     )
 
 

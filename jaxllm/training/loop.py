@@ -23,12 +23,12 @@ from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings
 from jaxllm.training.checkpoint import Checkpoints
-from jaxllm.training.job import Job
+from jaxllm.training.job import Job, Program
 from jaxllm.training.log import Clock, Profiler
 from jaxllm.training.run import NonFiniteError, Run
 from jaxllm.training.run_folder import open_run_folder, to_plain, versions
 from jaxllm.training.state import TrainState, with_params
-from jaxllm.training.step import watched_names
+from jaxllm.training.step import StepFn, watched_names
 
 __all__ = ["NonFiniteError", "Result", "train"]
 
@@ -83,12 +83,7 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
         step = start = int(state.step)
 
         # -- the compiled step ----------------------------------------------------------------
-        step_fn = jax.jit(
-            job.step,
-            in_shardings=(shardings, rows, None),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+        step_fn = jit_step(job.step, shardings, rows)
         key = jax.random.key(loop.seed + 1)
 
         with Run(job, workdir, checkpoints, start, clock) as run:
@@ -153,9 +148,22 @@ def replaced(tree: dict[str, Any], loaded: dict[str, Any], places: Any) -> dict[
     return {**tree, **put}
 
 
-def abstract_state(job: Job, mesh: Mesh) -> TrainState:
+def jit_step(step: StepFn, state: Any, rows: NamedSharding) -> Any:
+    """Returns the jitted step, which takes over the memory of the state it is given.
+
+    Args:
+      step: A job's.
+      state: The shardings of its state.
+      rows: The sharding of its batches.
+    """
+    return jax.jit(
+        step, in_shardings=(state, rows, None), out_shardings=(state, None), donate_argnums=0
+    )
+
+
+def abstract_state(job: Job | Program, mesh: Mesh) -> TrainState:
     """Returns the shapes, types and places of a state: parameters by rule, their mirrors alike."""
-    abstract = jax.eval_shape(job.init, jax.random.key(job.loop.seed))
+    abstract = jax.eval_shape(lambda: job.init(jax.random.key(0)))
     params = param_shardings(abstract.params, job.rules, mesh)
     places = like_params(abstract, abstract.params, params, mesh)
     if job.extra_rules is not None:
