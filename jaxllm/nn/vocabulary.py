@@ -147,7 +147,7 @@ def weighted_nll(
       float32 scalar in nats times weight, and bool [...].
     """
     if _row_axes(targets):
-        log_probs, correct = token_log_probs(  # type: ignore[misc]
+        log_probs, correct = token_log_probs(
             hidden, kernel, targets, soft_cap=soft_cap, chunk=chunk, with_accuracy=True
         )
         return -jnp.sum(weights * log_probs), correct

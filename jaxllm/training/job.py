@@ -65,6 +65,8 @@ class Program:
     rules: Rules
     batch: dict[str, jax.ShapeDtypeStruct]
     """Shapes and types of one step's examples over all hosts."""
+    extra_rules: Rules | None = None
+    """As in `Job`."""
 
 
 @dataclass(frozen=True)
