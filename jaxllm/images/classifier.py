@@ -71,7 +71,6 @@ def classifier_job(run: ClassifierRun) -> Job:
             run.data.batch_size,
             run.loop.seed,
             PrepareImage(run.data, train=True),
-            hosts=(jax.process_index(), jax.process_count()),
         ),
         rules=CLASSIFIER_RULES,
         evaluate=evaluate,
