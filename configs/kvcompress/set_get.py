@@ -6,7 +6,7 @@ Hardware: 2 CPU cores. Time: under 10 minutes. Metric: `eval/accuracy`, the shar
 queries answered.
 """
 
-from jaxllm.kvcompress.recall import RecallRun
+from jaxllm.kvcompress.recall import RecallRun, Stage
 from jaxllm.kvcompress.tasks import SetGetTask
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.nn.attention import AttentionConfig
@@ -31,10 +31,11 @@ def get_config() -> RecallRun:
         ),
         task=task,
         batch_size=8,
+        curriculum=(Stage(SetGetTask(operations=32), until=1000),),
         # A rate that does not fall, and an average instead: the plateau before the model learns to
         # match keys ends late, or never once the rate is low.
         optimizer=OptimizerConfig(
             name="adam", learning_rate=3e-3, beta2=0.999, clip_norm=None, ema_decay=0.99
         ),
-        loop=LoopConfig(steps=1000, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=1200, log_every=100, eval_every=500),
     )
