@@ -232,3 +232,10 @@ def data(options: argparse.Namespace) -> dict[str, Any]:
         for result in found:
             result["verified files"] = verify(result["name"])
     return {"data sets": found} if options.name is None else found[0]
+
+
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Plans a config on a topology."""
+    from jaxllm.cli.plan_command import plan as run
+
+    return run(options)

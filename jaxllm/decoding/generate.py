@@ -99,6 +99,7 @@ class TextGenerator:
         seed: int = 0,
         batch: int = 8,
         on_text: OnText | None = None,
+        least_prompt: int = 1,
     ) -> list[list[Completion]]:
         """Returns `samples` completions of each prompt, in the order of the prompts.
 
@@ -113,6 +114,7 @@ class TextGenerator:
           seed: Seed of all draws.
           batch: Prompts run together.
           on_text: Called as text becomes final; needs a tokenizer and one sample.
+          least_prompt: See `TextSampler.prefill`.
 
         Raises:
           InputError: An argument or a prompt out of range.
@@ -140,6 +142,7 @@ class TextGenerator:
                 keys[::samples],
                 max_new_tokens=sampling.max_new_tokens,
                 keep_seen=sampling.repetition_penalty != 1,
+                least_prompt=least_prompt,
                 layers=layers,
             )
             if samples > 1:

@@ -191,6 +191,7 @@ class TextSampler:
         *,
         max_new_tokens: int,
         keep_seen: bool = False,
+        least_prompt: int = 1,
         layers: Any = None,
     ) -> TextState:
         """Runs the prompts and returns the state from which `decode` goes on.
@@ -202,6 +203,8 @@ class TextSampler:
           keys: Typed keys [B], one per row.
           max_new_tokens: Slots to leave free behind the prompt.
           keep_seen: Track which tokens a row holds, for the repetition penalty.
+          least_prompt: Pads prompts as if one had that many tokens, so that batches of shorter ones
+            do not compile anew.
           layers: `layers(params, extra)`, where several calls share them.
 
         Raises:
@@ -212,7 +215,7 @@ class TextSampler:
             if not len(prompt):
                 raise InputError(f"prompt {row} is empty; a model needs at least one token")
             check_range(f"prompt {row}: token id", np.asarray(prompt), vocabulary)
-        length, slots = _slots(max(map(len, prompts)), max_new_tokens)
+        length, slots = _slots(max(least_prompt, *map(len, prompts)), max_new_tokens)
         tokens, positions = left_padded(prompts, length)
         # Made by a program of their own: inside the prompt's the compiler would fold their zeros.
         caches = self._fresh(len(prompts), length, slots)

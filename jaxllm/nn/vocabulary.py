@@ -4,15 +4,23 @@ Shared by pre-training, code models, preference losses and verifiers: all of the
 log-probability of given tokens, so logits are formed for one chunk of tokens at a time and formed
 again in the backward pass. A loss that is a weighted sum of them needs no second forming: its
 gradient is known as soon as the logits are (`weighted_nll`).
+
+On a mesh each device goes through its own tokens. The output projection is gathered once for all
+chunks, its gradient is added up in place and leaves the device once; left to itself the compiler
+moves both over the links in every chunk.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.parallel.sharding import AXES, constrain
 
 
 def vocabulary_logits(
@@ -49,19 +57,47 @@ def token_log_probs(
         so callers mask them.
       bias: [V] or None.
       soft_cap: As in `vocabulary_logits`.
-      chunk: Tokens whose logits exist at the same time.
+      chunk: Tokens whose logits exist at the same time, on each device where the mesh splits rows.
       with_accuracy: Also return whether each target is the most likely token, bool [...].
     """
-    flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    tokens = flat.shape[0]
+    axes = _row_axes(targets)
+    if bias is None and axes:
+        log_probs, correct = _on_mesh(hidden, kernel, targets, soft_cap, chunk, axes)
+    else:
+        log_probs, correct = _in_chunks(hidden, kernel, targets, bias, soft_cap, chunk)
+    if not with_accuracy:
+        return log_probs
+    return log_probs, jax.lax.stop_gradient(correct)
+
+
+def _one_chunk(
+    part: jax.Array,
+    kernel: jax.Array,
+    ids: jax.Array,
+    bias: jax.Array | None,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities float32 [n] of ids [n] and their being the most likely, bool [n]."""
+    logits = vocabulary_logits(part, kernel, soft_cap)
+    if bias is not None:
+        logits = logits + bias
+    log_probs, correct = _scored(logits, ids)[:2]
+    return log_probs, jax.lax.stop_gradient(correct)
+
+
+def _in_chunks(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None,
+    soft_cap: float | None,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    flat, ids, tokens = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), targets.size
 
     @jax.checkpoint
     def one_chunk(part: jax.Array, part_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = vocabulary_logits(part, kernel, soft_cap)
-        if bias is not None:
-            logits = logits + bias
-        log_probs, correct = _scored(logits, part_ids)[:2]
-        return log_probs, jax.lax.stop_gradient(correct)
+        return _one_chunk(part, kernel, part_ids, bias, soft_cap)
 
     if chunk >= tokens:
         log_probs, correct = one_chunk(flat, ids)
@@ -69,10 +105,7 @@ def token_log_probs(
         parts = _split(flat, chunk), _split(ids, chunk)
         mapped = jax.lax.map(lambda args: one_chunk(*args), parts)
         log_probs, correct = (_joined(part, tokens) for part in mapped)
-    log_probs = log_probs.reshape(targets.shape)
-    if not with_accuracy:
-        return log_probs
-    return log_probs, correct.reshape(targets.shape)
+    return log_probs.reshape(targets.shape), correct.reshape(targets.shape)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -99,7 +132,8 @@ def weighted_nll(
 
     The gradient by logits, w_i (p - onehot(target_i)), depends on nothing that comes later. When it
     is asked for, each chunk's is formed and multiplied out while its logits exist, so that they are
-    formed once, where `token_log_probs` forms them twice.
+    formed once, where `token_log_probs` forms them twice. Where a mesh splits the rows it is
+    `token_log_probs` that runs.
 
     Args:
       hidden: [..., D] final activations, any compute dtype.
@@ -112,6 +146,11 @@ def weighted_nll(
     Returns:
       float32 scalar in nats times weight, and bool [...].
     """
+    if _row_axes(targets):
+        log_probs, correct = token_log_probs(
+            hidden, kernel, targets, soft_cap=soft_cap, chunk=chunk, with_accuracy=True
+        )
+        return -jnp.sum(weights * log_probs), correct
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, correct = _weighted_nll(
         flat, kernel, targets.reshape(-1), weights.reshape(-1), soft_cap, min(chunk, len(flat))
@@ -212,3 +251,116 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
 def _joined(parts: jax.Array, tokens: int) -> jax.Array:
     """Undoes `_split`."""
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[:tokens]
+
+
+# -- on a mesh -----------------------------------------------------------------------------------
+
+
+def _row_axes(targets: jax.Array) -> tuple[str, ...]:
+    """Returns the mesh axes that split the rows of `targets` [B, ...]; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or targets.ndim < 2:
+        return ()
+    axes = tuple(axis for axis in AXES["batch"] or () if mesh.shape[axis] > 1)
+    return axes if targets.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def _on_mesh(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """`_in_chunks` over the mesh axes that split rows; the vocabulary may be split by others."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = "fsdp" in axes and kernel.shape[0] % mesh.shape["fsdp"] == 0
+    rows = P(axes)
+    return jax.shard_map(
+        partial(_local, soft_cap, chunk, axes, split),
+        in_specs=(rows, P("fsdp" if split else None), rows),
+        out_specs=(rows, rows),
+        axis_names=set(axes),
+        check_vma=False,
+    )(hidden, kernel, targets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _local(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """One device's rows, and its part of the projection [D or D / fsdp, V]."""
+    whole = _gathered(kernel, hidden.dtype, split)
+    parts = _cut(chunk, targets.size, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    mapped = jax.lax.map(lambda part: _one_chunk(part[0], whole, part[1], None, soft_cap), parts)
+    log_probs, correct = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in mapped)
+    return log_probs, correct
+
+
+def _forward(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    out = _local(soft_cap, chunk, axes, split, hidden, kernel, targets)
+    return out, (hidden, kernel, targets)
+
+
+def _backward(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    kept: tuple[jax.Array, ...],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden, kernel, targets = kept
+    whole = _gathered(kernel, hidden.dtype, split)
+
+    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        def log_probs(h: jax.Array, k: jax.Array) -> jax.Array:
+            return _one_chunk(h, k, part[1], None, soft_cap)[0]
+
+        d_hidden, d_kernel = jax.vjp(log_probs, part[0], whole)[1](part[2])
+        return constrain(total + d_kernel.astype(jnp.float32), None, "vocab"), d_hidden
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    parts = _cut(chunk, targets.size, flat, targets.reshape(-1), cotangents[0].reshape(-1))
+    nothing = constrain(jnp.zeros(whole.shape, jnp.float32), None, "vocab")
+    total, d_hidden = jax.lax.scan(body, nothing, parts)
+    if split:
+        total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, tiled=True)
+    # Over axes along which the projection is not split, `shard_map` adds up its gradient itself.
+    d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+    return d_hidden, total.astype(kernel.dtype), None
+
+
+_local.defvjp(_forward, _backward)
+
+
+def _gathered(kernel: jax.Array, dtype: jnp.dtype, split: bool) -> jax.Array:
+    kernel = kernel.astype(dtype)  # First: half the bytes over the links.
+    if split:
+        kernel = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
+    return constrain(kernel, None, "vocab")  # What splits the vocabulary goes on doing so.
+
+
+def _cut(chunk: int, tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays [tokens, ...] as [chunks, chunk, ...], padded with zeros."""
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    return tuple(
+        jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
+        for x in arrays
+    )
