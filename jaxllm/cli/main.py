@@ -117,17 +117,27 @@ def build_parser() -> argparse.ArgumentParser:
     heads.add_argument("--batch", type=int, default=4)
     heads.add_argument("--output", required=True, metavar="JSON", help="scores, for --kv headkv:")
 
+    plan = add("plan", "Memory, time and collectives of a config on a topology.", "plan")
+    plan.add_argument("config", metavar="CONFIG", help="then --dotted.key VALUE as in training")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p-64, cpu:8")
+    plan.add_argument("--search", action="store_true", help="compile with every knob turned")
+    plan.add_argument("--decode", type=int, metavar="T", help="plan a decode step with T held")
+    plan.add_argument("--rows", type=int, default=1, metavar="B", help="of the decode step")
+    plan.add_argument("--kv", default="full", metavar="SPEC", help="cache plan of the decode step")
+    plan.add_argument("--picture", metavar="PNG")
+    plan.add_argument("--render", metavar="DIR", help="only write files that launch the run")
+
     plot = add("plot", "Plot metrics of run folders.", "plot")
     plot.add_argument("runs", nargs="+", metavar="RUN")
     plot.add_argument("--metric", nargs="+", help="names as in metrics.jsonl")
     plot.add_argument("--out", required=True, metavar="FILE")
 
-    bench = add("bench", "Time a system beside what one would use instead: dnd.", "bench")
-    bench.add_argument("name", choices=("dnd",))
+    bench = add("bench", "Time a system beside what one would use instead.", "bench")
+    bench.add_argument("name", choices=("dnd", "decode", "train", "headkv"))
     bench.add_argument("--repeats", type=int, default=7)
-    bench.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    bench.add_argument("--batch", type=int, nargs="+", help="default: the benchmark's")
     bench.add_argument("--threads", type=int, default=2, help="threads of the torch side")
-    bench.add_argument("--output", metavar="MD", help="also write the result as a Markdown page")
+    bench.add_argument("--output", metavar="MD", help="also write it, as a section of a page")
 
     data = add("data", "Describe a bundled data set, or verify its files.", "data")
     data.add_argument("name", nargs="?", help="default: list all")
@@ -183,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
     if options.version:
         from jaxllm import __version__
 

@@ -17,15 +17,19 @@ def main(
     kinds: type | tuple[type, ...],
     run: Callable[[Any, Path], Any],
     arguments: Sequence[str] | None = None,
+    *,
+    prepare: Callable[[list[str]], list[str]] = list,
 ) -> None:
     """Parses `CONFIG.py [--dotted.key value ...] [--workdir DIR]`, calls `run(config, workdir)`.
+
+    `prepare` may rewrite the arguments.
 
     Exits with 0 when the run finished or a signal stopped it after saving, and with 2 and one line
     on bad input.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run_command(lambda: _main(kinds, run, given)))
+    sys.exit(run_command(lambda: _main(kinds, run, prepare(given))))
 
 
 def _main(kinds: type | tuple[type, ...], run: Callable[[Any, Path], Any], given: list[str]) -> int:

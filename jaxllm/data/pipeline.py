@@ -53,6 +53,11 @@ class Batches:
                 f"batch size {self.batch_size} is not a positive multiple of {self.hosts[1]} hosts"
             )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Lengths of the first axes of a batch's arrays, which devices split, by their names."""
+        return {"batch size": self.batch_size}
+
     def dataset(self) -> grain.MapDataset:
         """Returns this host's batches as a dataset indexed by step."""
         host, hosts = self.hosts

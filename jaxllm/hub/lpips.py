@@ -19,9 +19,10 @@ from jaxllm.nn.module import Blueprint
 Tree = Any
 
 
-def load_lpips(
-    folder: Path,
-) -> tuple[Callable[[Tree, jax.Array, jax.Array], jax.Array], Tree]:
+Distance = Callable[[Tree, jax.Array, jax.Array], jax.Array]
+
+
+def load_lpips(folder: Path) -> tuple[Distance, Tree]:
     """Reads LPIPS-VGG16 from its two official files.
 
     Args:
@@ -29,13 +30,21 @@ def load_lpips(
         `.safetensors`.
 
     Returns:
-      `distance(params, images, decoded)`, the mean over images [B, h, w, 1 or 3] in [-1, 1] with h
-      and w at least 16, and its `params`. One channel is repeated to three.
+      The distance of `lpips_distance` and its parameters.
 
     Raises:
       InputError: A file is missing or is no such file.
     """
     model = import_lpips(*(_read_weights(folder, name) for name in ("vgg16", "lpips_vgg")))
+    return lpips_distance()[0], nnx.to_pure_dict(nnx.state(model))
+
+
+def lpips_distance() -> tuple[Distance, Blueprint[LPIPS]]:
+    """Returns the distance and the blueprint of its parameters.
+
+    The distance is `distance(params, images, decoded)`, the mean over images [B, h, w, 1 or 3] in
+    [-1, 1] with h and w at least 16. One channel is repeated to three.
+    """
     blueprint = Blueprint(lambda rngs: LPIPS(rngs=rngs))
 
     def distance(params: Tree, images: jax.Array, decoded: jax.Array) -> jax.Array:
@@ -43,7 +52,7 @@ def load_lpips(
             images, decoded = (jnp.repeat(x, 3, axis=-1) for x in (images, decoded))
         return jnp.mean(blueprint.build(params, {})(images, decoded))
 
-    return distance, nnx.to_pure_dict(nnx.state(model))
+    return distance, blueprint
 
 
 def _read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:

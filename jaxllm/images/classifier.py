@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxllm.data.images import PrepareImage, open_images
+from jaxllm.data.images import ImageDataConfig, PrepareImage, open_images
 from jaxllm.data.pipeline import Batch, Batches, padded_batches, stack_examples
 from jaxllm.errors import InputError
 from jaxllm.images.config import ClassifierRun
 from jaxllm.images.runs import load_params
 from jaxllm.models.image_classifier import CLASSIFIER_RULES, ClassifierConfig, ImageClassifier
 from jaxllm.nn.module import Blueprint
-from jaxllm.training.job import Job
+from jaxllm.training.job import Job, Program
 from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.state import TrainState, new_state
 from jaxllm.training.step import make_step
@@ -40,9 +40,36 @@ def classifier_job(run: ClassifierRun) -> Job:
         raise InputError(
             f"model.num_classes is {run.model.num_classes}, the data has {len(source.class_names)}"
         )
+    program = classifier_program(run)
+    validation = held_out(run.data, "validation")
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return {"accuracy": Scorer(run.model, state.best_params).accuracy(validation)}
+
+    return Job(
+        name="classifier",
+        config=run,
+        loop=run.loop,
+        mesh=run.mesh,
+        init=program.init,
+        step=program.step,
+        batches=Batches(
+            source,
+            run.data.batch_size,
+            run.loop.seed,
+            PrepareImage(run.data, train=True),
+            hosts=(jax.process_index(), jax.process_count()),
+        ),
+        rules=program.rules,
+        evaluate=evaluate,
+        identity=run.model,
+    )
+
+
+def classifier_program(run: ClassifierRun) -> Program:
+    """Returns what `classifier_job` compiles."""
     blueprint = classifier_blueprint(run.model)
     optimizer = make_optimizer(run.optimizer, run.loop.steps)
-    validation = held_out(run.data, "validation")
 
     def loss_fn(
         model: ImageClassifier, batch: dict[str, jax.Array], rng: jax.Array
@@ -56,27 +83,21 @@ def classifier_job(run: ClassifierRun) -> Job:
         params, _ = blueprint.init(key)
         return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return {"accuracy": Scorer(run.model, state.best_params).accuracy(validation)}
-
-    return Job(
-        name="classifier",
-        config=run,
-        loop=run.loop,
-        mesh=run.mesh,
+    return Program(
         init=init,
         step=make_step(loss_fn, blueprint.build, optimizer, run.optimizer),
-        batches=Batches(
-            source,
-            run.data.batch_size,
-            run.loop.seed,
-            PrepareImage(run.data, train=True),
-            hosts=(jax.process_index(), jax.process_count()),
-        ),
         rules=CLASSIFIER_RULES,
-        evaluate=evaluate,
-        identity=run.model,
+        batch=image_batch(run.data),
     )
+
+
+def image_batch(data: ImageDataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a training batch of images."""
+    shape = (data.batch_size, *data.image_size, data.channels)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+    }
 
 
 def held_out(data: Any, split: Any, *, limit: int | None = None) -> Batch:

@@ -23,7 +23,7 @@ from jaxllm.models.code_model import CODE_MODEL_RULES, code_model
 from jaxllm.models.rq_transformer import RQTransformerConfig
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.nn.vocabulary import token_log_probs
-from jaxllm.training.job import Job
+from jaxllm.training.job import Job, Program
 from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.state import TrainState, new_state
 from jaxllm.training.step import Batch, Metrics, make_step
@@ -90,15 +90,8 @@ def code_model_job(run: AnyCodeRun) -> Job:
     train_codes = open_codes(folder / "train")
     validation = open_codes(folder / "validation").first_crops()
     check_codes(run, train_codes)
-    blueprint = code_model(run.model, compute_dtype(run.precision))
-    optimizer = make_optimizer(run.optimizer, run.loop.steps)
-    score = CodeScorer(blueprint.build)
-
-    def init(key: jax.Array) -> TrainState:
-        params, extra = blueprint.init(key)
-        if isinstance(run.model, RQTransformerConfig):
-            extra = {**extra, "codebook": jnp.asarray(train_codes.codebook)}
-        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+    program = code_model_program(run, train_codes.codebook)
+    score = CodeScorer(code_model(run.model, compute_dtype(run.precision)).build)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         return score.summary(state.best_params, state.extra, validation)
@@ -108,8 +101,8 @@ def code_model_job(run: AnyCodeRun) -> Job:
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init,
-        step=make_step(code_loss, blueprint.build, optimizer, run.optimizer),
+        init=program.init,
+        step=program.step,
         batches=Batches(
             train_codes.balanced(run.data.balance),
             run.data.batch_size,
@@ -117,9 +110,41 @@ def code_model_job(run: AnyCodeRun) -> Job:
             DrawCrop(run.data.random_crop),
             hosts=(jax.process_index(), jax.process_count()),
         ),
-        rules=CODE_MODEL_RULES,
+        rules=program.rules,
         evaluate=evaluate,
         identity=run.model,
+    )
+
+
+def code_model_program(run: AnyCodeRun, codebook: np.ndarray | None = None) -> Program:
+    """Returns what `code_model_job` compiles.
+
+    Args:
+      run: The config.
+      codebook: The tokenizer's vectors [C, V, E], which an RQ-Transformer embeds codes with; None
+        for zeros, where only shapes matter.
+    """
+    model = run.model
+    blueprint = code_model(model, compute_dtype(run.precision))
+    optimizer = make_optimizer(run.optimizer, run.loop.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        params, extra = blueprint.init(key)
+        if isinstance(model, RQTransformerConfig):
+            shape = (model.depth, model.codebook_size, model.code_dim)
+            vectors = jnp.zeros(shape) if codebook is None else jnp.asarray(codebook)
+            extra = {**extra, "codebook": vectors}
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+
+    rows = run.data.batch_size
+    return Program(
+        init=init,
+        step=make_step(code_loss, blueprint.build, optimizer, run.optimizer),
+        rules=CODE_MODEL_RULES,
+        batch={
+            "codes": jax.ShapeDtypeStruct((rows, model.cells, model.depth), jnp.int32),
+            "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        },
     )
 
 

@@ -27,8 +27,8 @@ from jaxllm.data.images import PrepareImage, open_images
 from jaxllm.data.pipeline import Batches
 from jaxllm.errors import InputError
 from jaxllm.evals.images import psnr
-from jaxllm.hub.lpips import load_lpips
-from jaxllm.images.classifier import Scorer, classifier_blueprint, held_out
+from jaxllm.hub.lpips import load_lpips, lpips_distance
+from jaxllm.images.classifier import Scorer, classifier_blueprint, held_out, image_batch
 from jaxllm.images.config import PerceptualConfig, TokenizerRun
 from jaxllm.images.losses import (
     adaptive_weight,
@@ -44,7 +44,7 @@ from jaxllm.models.perceptual import feature_distance
 from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.quantize import ResidualVQ, residual_kmeans_start
-from jaxllm.training.job import Job
+from jaxllm.training.job import Job, Program
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.state import TrainState, Tree, new_state
 from jaxllm.training.step import Batch, Metrics, StepFn, apply_gradients
@@ -67,25 +67,11 @@ def discriminator_blueprint(config: DiscriminatorConfig) -> Blueprint[Discrimina
 def tokenizer_job(run: TokenizerRun) -> Job:
     """Returns the job; its state's `params` are {"tokenizer": ..., "discriminator": ...}."""
     tokenizer = tokenizer_blueprint(run.model, compute_dtype(run.precision))
-    discriminator = discriminator_blueprint(run.adversarial.model)
     adversarial = run.adversarial.weight > 0
-    perceptual, perceptual_params = perceptual_loss(run.perceptual)
-    optimizer = two_optimizers(run.optimizer, run.loop.steps)
+    loss = perceptual_loss(run.perceptual)
     source = open_images(run.data, "train")
     validation = held_out(run.data, "validation", limit=256)
     pictures = held_out(run.data, "test", limit=12)
-
-    def init(key: jax.Array) -> TrainState:
-        params, extra = {}, {"perceptual": perceptual_params}
-        params["tokenizer"], extra["tokenizer"] = tokenizer.init(jax.random.fold_in(key, 0))
-        if adversarial:
-            params["discriminator"], extra["discriminator"] = discriminator.init(
-                jax.random.fold_in(key, 1)
-            )
-        if run.kmeans_start:
-            assert first_images is not None
-            start_codebook(tokenizer, params["tokenizer"], extra["tokenizer"], first_images, key)
-        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
 
     batches = Batches(
         source,
@@ -99,6 +85,7 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         count = -(-run.kmeans_start // run.data.batch_size)
         drawn = [batches.batch(step)["image"] for step in range(count)]
         first_images = np.concatenate(drawn)[: run.kmeans_start]
+    program = tokenizer_program(run, loss, first_images)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = state.best_params["tokenizer"]
@@ -115,16 +102,53 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init,
-        step=tokenizer_step(run, tokenizer, discriminator, perceptual, optimizer),
+        init=program.init,
+        step=program.step,
         batches=batches,
-        rules=TOKENIZER_RULES,
+        rules=program.rules,
         evaluate=evaluate,
         sample=sample,
         identity={
             "model": run.model,
             "adversarial": run.adversarial.model if adversarial else None,
         },
+    )
+
+
+def tokenizer_program(
+    run: TokenizerRun,
+    loss: tuple[Perceptual, Tree] | None = None,
+    first_images: np.ndarray | None = None,
+) -> Program:
+    """Returns what `tokenizer_job` compiles.
+
+    Args:
+      run: The config.
+      loss: From `perceptual_loss`; None for one with parameters of the right shape that are 0,
+        where only shapes matter.
+      first_images: What the codebook starts from by k-means; None for a random start.
+    """
+    tokenizer = tokenizer_blueprint(run.model, compute_dtype(run.precision))
+    discriminator = discriminator_blueprint(run.adversarial.model)
+    perceptual, perceptual_params = blank_perceptual_loss(run.perceptual) if loss is None else loss
+    optimizer = two_optimizers(run.optimizer, run.loop.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        params, extra = {}, {"perceptual": perceptual_params}
+        params["tokenizer"], extra["tokenizer"] = tokenizer.init(jax.random.fold_in(key, 0))
+        if run.adversarial.weight > 0:
+            params["discriminator"], extra["discriminator"] = discriminator.init(
+                jax.random.fold_in(key, 1)
+            )
+        if first_images is not None:
+            start_codebook(tokenizer, params["tokenizer"], extra["tokenizer"], first_images, key)
+        return new_state(params, optimizer, ema=run.optimizer.ema_decay is not None, extra=extra)
+
+    return Program(
+        init=init,
+        step=tokenizer_step(run, tokenizer, discriminator, perceptual, optimizer),
+        rules=TOKENIZER_RULES,
+        batch=image_batch(run.data),
     )
 
 
@@ -267,6 +291,15 @@ def perceptual_loss(config: PerceptualConfig) -> tuple[Perceptual, Tree]:
         )
 
     return distance, scorer.params
+
+
+def blank_perceptual_loss(config: PerceptualConfig) -> tuple[Perceptual, Tree]:
+    """Returns `perceptual_loss` without LPIPS' files: its parameters are 0."""
+    if config.kind != "lpips":
+        return perceptual_loss(config)
+    distance, blueprint = lpips_distance()
+    abstract = blueprint.abstract_params  # type: ignore[attr-defined]
+    return distance, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
 
 
 def start_codebook(

@@ -2,13 +2,25 @@
 
 Shared by pre-training, code models, preference losses and verifiers: all of them need only the
 log-probability of given tokens, so logits are formed for one chunk of tokens at a time and formed
-again in the backward pass.
+again in the backward pass. A loss that is a weighted sum of them needs no second forming: its
+gradient is known as soon as the logits are (`weighted_nll`).
+
+On a mesh each device goes through its own tokens. The output projection is gathered once for all
+chunks, its gradient is added up in place and leaves the device once; left to itself the compiler
+moves both over the links in every chunk.
 """
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.parallel.sharding import AXES, constrain
 
 
 def vocabulary_logits(
@@ -45,36 +57,310 @@ def token_log_probs(
         so callers mask them.
       bias: [V] or None.
       soft_cap: As in `vocabulary_logits`.
-      chunk: Tokens whose logits exist at the same time.
+      chunk: Tokens whose logits exist at the same time, on each device where the mesh splits rows.
       with_accuracy: Also return whether each target is the most likely token, bool [...].
     """
-    dim = hidden.shape[-1]
-    flat, ids = hidden.reshape(-1, dim), targets.reshape(-1)
-    tokens = flat.shape[0]
-    chunk = min(chunk, tokens)
-    chunks = -(-tokens // chunk)
-    padding = chunks * chunk - tokens
+    axes = _row_axes(targets)
+    if bias is None and axes:
+        log_probs, correct = _on_mesh(hidden, kernel, targets, soft_cap, chunk, axes)
+    else:
+        log_probs, correct = _in_chunks(hidden, kernel, targets, bias, soft_cap, chunk)
+    if not with_accuracy:
+        return log_probs
+    return log_probs, jax.lax.stop_gradient(correct)
+
+
+def _one_chunk(
+    part: jax.Array,
+    kernel: jax.Array,
+    ids: jax.Array,
+    bias: jax.Array | None,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities float32 [n] of ids [n] and their being the most likely, bool [n]."""
+    logits = vocabulary_logits(part, kernel, soft_cap)
+    if bias is not None:
+        logits = logits + bias
+    log_probs, correct = _scored(logits, ids)[:2]
+    return log_probs, jax.lax.stop_gradient(correct)
+
+
+def _in_chunks(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None,
+    soft_cap: float | None,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    flat, ids, tokens = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), targets.size
 
     @jax.checkpoint
     def one_chunk(part: jax.Array, part_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = vocabulary_logits(part, kernel, soft_cap)
-        if bias is not None:
-            logits = logits + bias
-        inside = jnp.clip(part_ids, 0, logits.shape[-1] - 1)  # A negative index would wrap.
-        picked = jnp.take_along_axis(logits, inside[:, None], axis=-1)[:, 0]
-        log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
-        return log_probs, jax.lax.stop_gradient(jnp.argmax(logits, axis=-1) == part_ids)
+        return _one_chunk(part, kernel, part_ids, bias, soft_cap)
 
-    if chunks == 1:
+    if chunk >= tokens:
         log_probs, correct = one_chunk(flat, ids)
     else:
-        # Every chunks-th token makes a chunk: each then spans all devices, where a run of
-        # neighbours would lie on one of them and make the others wait or repeat its work.
-        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunk, chunks, dim).swapaxes(0, 1)
-        ids = jnp.pad(ids, (0, padding)).reshape(chunk, chunks).swapaxes(0, 1)
-        mapped = jax.lax.map(lambda args: one_chunk(*args), (flat, ids))
-        log_probs, correct = (part.swapaxes(0, 1).reshape(-1)[:tokens] for part in mapped)
-    log_probs = log_probs.reshape(targets.shape)
-    if not with_accuracy:
-        return log_probs
-    return log_probs, correct.reshape(targets.shape)
+        parts = _split(flat, chunk), _split(ids, chunk)
+        mapped = jax.lax.map(lambda args: one_chunk(*args), parts)
+        log_probs, correct = (_joined(part, tokens) for part in mapped)
+    return log_probs.reshape(targets.shape), correct.reshape(targets.shape)
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """Returns the first of the largest of `logits` [..., V], int32 [...].
+
+    Two plain reductions, which the CPU backend vectorises; it does not for `argmax`.
+    """
+    size = logits.shape[-1]
+    ids = jnp.arange(size, dtype=jnp.int32)
+    highest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(highest, ids, size - 1), axis=-1)
+
+
+def weighted_nll(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns sum_i weights_i (-log p(target_i)), and whether each target is the most likely token.
+
+    The gradient by logits, w_i (p - onehot(target_i)), depends on nothing that comes later. When it
+    is asked for, each chunk's is formed and multiplied out while its logits exist, so that they are
+    formed once, where `token_log_probs` forms them twice. Where a mesh splits the rows it is
+    `token_log_probs` that runs.
+
+    Args:
+      hidden: [..., D] final activations, any compute dtype.
+      kernel: [D, V] output projection.
+      targets: int [...] token ids, as in `token_log_probs`.
+      weights: float32 [...].
+      soft_cap: As in `vocabulary_logits`.
+      chunk: Tokens whose logits exist at the same time.
+
+    Returns:
+      float32 scalar in nats times weight, and bool [...].
+    """
+    if _row_axes(targets):
+        log_probs, correct = token_log_probs(
+            hidden, kernel, targets, soft_cap=soft_cap, chunk=chunk, with_accuracy=True
+        )
+        return -jnp.sum(weights * log_probs), correct
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss, correct = _weighted_nll(
+        flat, kernel, targets.reshape(-1), weights.reshape(-1), soft_cap, min(chunk, len(flat))
+    )
+    return loss, correct.reshape(targets.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted_nll(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    soft_cap: float | None,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    log_probs, correct = token_log_probs(
+        hidden, kernel, targets, soft_cap=soft_cap, chunk=chunk, with_accuracy=True
+    )
+    return -jnp.sum(weights * log_probs), correct
+
+
+def _weighted_nll_fwd(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    soft_cap: float | None,
+    chunk: int,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    tokens = len(hidden)
+    cast = kernel.astype(hidden.dtype)
+
+    def one_chunk(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
+        h, ids, share = part
+        logits = vocabulary_logits(h, cast, soft_cap)
+        log_probs, correct, lse = _scored(logits, ids)
+        is_target = jnp.arange(logits.shape[-1]) == _inside(ids, logits)[:, None]
+        by_logits = share[:, None] * (jnp.exp(logits - lse[:, None]) - is_target)
+        if soft_cap is not None:
+            by_logits *= 1.0 - (logits / soft_cap) ** 2
+        by_logits = by_logits.astype(h.dtype)
+        by_hidden = jnp.einsum("tv,dv->td", by_logits, cast)
+        by_kernel = jnp.einsum("td,tv->dv", h, by_logits, preferred_element_type=jnp.float32)
+        return total + by_kernel, (log_probs, correct, by_hidden)
+
+    zeros = jnp.zeros(kernel.shape, jnp.float32)
+    if chunk >= tokens:
+        by_kernel, found = one_chunk(zeros, (hidden, targets, weights))
+    else:
+        parts = tuple(_split(x, chunk) for x in (hidden, targets, weights))
+        by_kernel, mapped = jax.lax.scan(one_chunk, zeros, parts)
+        found = tuple(_joined(part, tokens) for part in mapped)
+    log_probs, correct, by_hidden = found
+    loss = -jnp.sum(weights * log_probs)
+    return (loss, correct), (by_hidden, by_kernel.astype(kernel.dtype), log_probs)
+
+
+def _weighted_nll_bwd(
+    soft_cap: float | None, chunk: int, kept: tuple[jax.Array, ...], cotangents: Any
+) -> tuple[jax.Array | None, ...]:
+    del soft_cap, chunk
+    by_hidden, by_kernel, log_probs = kept
+    scale = cotangents[0]
+    return (
+        scale.astype(by_hidden.dtype) * by_hidden,
+        scale.astype(by_kernel.dtype) * by_kernel,
+        None,
+        -scale * log_probs,
+    )
+
+
+_weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
+
+
+def _inside(ids: jax.Array, logits: jax.Array) -> jax.Array:
+    return jnp.clip(ids, 0, logits.shape[-1] - 1)  # A negative index would wrap.
+
+
+def _scored(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns log p(id), whether the id is the most likely one, and log sum exp; [t] each."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, _inside(ids, logits)[:, None], axis=-1)[:, 0]
+    return picked - lse, most_likely(logits) == ids, lse
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """Pads [M, ...] and cuts it into [chunks, chunk, ...].
+
+    Every chunks-th token makes a chunk: each then spans all devices, where a run of neighbours
+    would lie on one of them and make the others wait or repeat its work.
+    """
+    chunks = -(-len(x) // chunk)
+    padded = jnp.pad(x, ((0, chunks * chunk - len(x)), *((0, 0),) * (x.ndim - 1)))
+    return padded.reshape(chunk, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _joined(parts: jax.Array, tokens: int) -> jax.Array:
+    """Undoes `_split`."""
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[:tokens]
+
+
+# -- on a mesh -----------------------------------------------------------------------------------
+
+
+def _row_axes(targets: jax.Array) -> tuple[str, ...]:
+    """Returns the mesh axes that split the rows of `targets` [B, ...]; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or targets.ndim < 2:
+        return ()
+    axes = tuple(axis for axis in AXES["batch"] or () if mesh.shape[axis] > 1)
+    return axes if targets.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def _on_mesh(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """`_in_chunks` over the mesh axes that split rows; the vocabulary may be split by others."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = "fsdp" in axes and kernel.shape[0] % mesh.shape["fsdp"] == 0
+    rows = P(axes)
+    return jax.shard_map(
+        partial(_local, soft_cap, chunk, axes, split),
+        in_specs=(rows, P("fsdp" if split else None), rows),
+        out_specs=(rows, rows),
+        axis_names=set(axes),
+        check_vma=False,
+    )(hidden, kernel, targets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _local(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """One device's rows, and its part of the projection [D or D / fsdp, V]."""
+    whole = _gathered(kernel, hidden.dtype, split)
+    parts = _cut(chunk, targets.size, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    mapped = jax.lax.map(lambda part: _one_chunk(part[0], whole, part[1], None, soft_cap), parts)
+    log_probs, correct = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in mapped)
+    return log_probs, correct
+
+
+def _forward(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    out = _local(soft_cap, chunk, axes, split, hidden, kernel, targets)
+    return out, (hidden, kernel, targets)
+
+
+def _backward(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    kept: tuple[jax.Array, ...],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden, kernel, targets = kept
+    whole = _gathered(kernel, hidden.dtype, split)
+
+    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        def log_probs(h: jax.Array, k: jax.Array) -> jax.Array:
+            return _one_chunk(h, k, part[1], None, soft_cap)[0]
+
+        d_hidden, d_kernel = jax.vjp(log_probs, part[0], whole)[1](part[2])
+        return constrain(total + d_kernel.astype(jnp.float32), None, "vocab"), d_hidden
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    parts = _cut(chunk, targets.size, flat, targets.reshape(-1), cotangents[0].reshape(-1))
+    nothing = constrain(jnp.zeros(whole.shape, jnp.float32), None, "vocab")
+    total, d_hidden = jax.lax.scan(body, nothing, parts)
+    if split:
+        total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, tiled=True)
+    # Over axes along which the projection is not split, `shard_map` adds up its gradient itself.
+    d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+    return d_hidden, total.astype(kernel.dtype), None
+
+
+_local.defvjp(_forward, _backward)
+
+
+def _gathered(kernel: jax.Array, dtype: jnp.dtype, split: bool) -> jax.Array:
+    kernel = kernel.astype(dtype)  # First: half the bytes over the links.
+    if split:
+        kernel = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
+    return constrain(kernel, None, "vocab")  # What splits the vocabulary goes on doing so.
+
+
+def _cut(chunk: int, tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays [tokens, ...] as [chunks, chunk, ...], padded with zeros."""
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    return tuple(
+        jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
+        for x in arrays
+    )

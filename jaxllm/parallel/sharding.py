@@ -22,6 +22,7 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 AXES: Mapping[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
+    "lookup_rows": "data",
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",

@@ -23,12 +23,12 @@ from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings
 from jaxllm.training.checkpoint import Checkpoints
-from jaxllm.training.job import Job
+from jaxllm.training.job import Job, Program
 from jaxllm.training.log import Clock, Profiler
 from jaxllm.training.run import NonFiniteError, Run
 from jaxllm.training.run_folder import open_run_folder, to_plain, versions
 from jaxllm.training.state import TrainState, with_params
-from jaxllm.training.step import watched_names
+from jaxllm.training.step import StepFn, watched_names
 
 __all__ = ["NonFiniteError", "Result", "train"]
 
@@ -73,16 +73,17 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
         if state is None:
             state = jax.jit(job.init, out_shardings=shardings)(jax.random.key(loop.seed))
             if job.load is not None:
-                state = with_params(state, jax.device_put(job.load(mesh), shardings.params))
+                loaded = replaced(state.params, job.load(mesh), shardings.params)
+                state = with_params(state, loaded)
+            if job.load_extra is not None:
+                extra = replaced(state.extra, job.load_extra(mesh), shardings.extra)
+                state = dataclasses.replace(state, extra=extra)
+            if job.check_start is not None:
+                job.check_start(state)
         step = start = int(state.step)
 
         # -- the compiled step ----------------------------------------------------------------
-        step_fn = jax.jit(
-            job.step,
-            in_shardings=(shardings, rows, None),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+        step_fn = jit_step(job.step, shardings, rows)
         key = jax.random.key(loop.seed + 1)
 
         with Run(job, workdir, checkpoints, start, clock) as run:
@@ -96,6 +97,8 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
                 while step < loop.steps and not stop.requested(step):
                     with clock.during("data"):
                         batch = next(batches)
+                        if job.prepare is not None:
+                            batch = job.prepare(state, batch)
                     state, metrics = profiled(
                         step + 1, step_fn, state, to_devices(batch, rows), key
                     )
@@ -131,18 +134,41 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
 def rows_sharding(job: Job, mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch, whose size must divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if job.batches.batch_size % ways:
-        raise InputError(
-            f"batch size {job.batches.batch_size} does not divide over data x fsdp = {ways} devices"
-        )
+    for what, size in job.batches.sizes.items():
+        if size % ways:
+            raise InputError(f"{what} {size} does not divide over data x fsdp = {ways} devices")
     return batch_sharding(mesh)
 
 
-def abstract_state(job: Job, mesh: Mesh) -> TrainState:
+def replaced(tree: dict[str, Any], loaded: dict[str, Any], places: Any) -> dict[str, Any]:
+    """Returns `tree` with the entries of `loaded` in the place of its own, on the devices."""
+    if unknown := sorted(loaded.keys() - tree.keys()):
+        raise InputError(f"parameters of another model: {unknown[0]!r} is not one of this model's")
+    put = jax.device_put(loaded, {name: places[name] for name in loaded})
+    return {**tree, **put}
+
+
+def jit_step(step: StepFn, state: Any, rows: NamedSharding) -> Any:
+    """Returns the jitted step, which takes over the memory of the state it is given.
+
+    Args:
+      step: A job's.
+      state: The shardings of its state.
+      rows: The sharding of its batches.
+    """
+    return jax.jit(
+        step, in_shardings=(state, rows, None), out_shardings=(state, None), donate_argnums=0
+    )
+
+
+def abstract_state(job: Job | Program, mesh: Mesh) -> TrainState:
     """Returns the shapes, types and places of a state: parameters by rule, their mirrors alike."""
-    abstract = jax.eval_shape(job.init, jax.random.key(job.loop.seed))
+    abstract = jax.eval_shape(lambda: job.init(jax.random.key(0)))
     params = param_shardings(abstract.params, job.rules, mesh)
     places = like_params(abstract, abstract.params, params, mesh)
+    if job.extra_rules is not None:
+        extra = param_shardings(abstract.extra, job.extra_rules, mesh)
+        places = dataclasses.replace(places, extra=extra)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,

@@ -25,6 +25,8 @@ from jaxllm.images.tokenizer import tokenizer_blueprint
 from jaxllm.images.words import WordsRun
 from jaxllm.kvcompress.recall import RecallRun
 from jaxllm.models.code_model import code_model
+from jaxllm.preference.config import PreferenceRun
+from jaxllm.preference.reward_scorer import RewardRun
 from jaxllm.training.language_model import LanguageModelRun
 from jaxllm.training.run_folder import (
     first_difference,
@@ -62,6 +64,8 @@ SCRIPTS = {
     DemoRun: "demo.py",
     WordsRun: "words.py",
     LanguageModelRun: "lm.py",
+    PreferenceRun: "preference.py",
+    RewardRun: "reward.py",
     RecallRun: "recall.py",
 }
 

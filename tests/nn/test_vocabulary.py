@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
-from jaxllm.parallel.mesh import make_mesh
+from jaxllm.nn.vocabulary import (
+    most_likely,
+    token_log_probs,
+    vocabulary_logits,
+    weighted_nll,
+)
+from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.parallel.sharding import batch_sharding
+from jaxllm.planning.hlo import parse
 
 D, V = 6, 11
 RNG = np.random.default_rng(0)
@@ -104,19 +113,40 @@ def test_all_logits_never_exist_at_once():
     assert largest(16) == 16 * 300
 
 
-def test_every_device_forms_the_logits_of_its_own_tokens():
-    """Chunks span the devices: no activation is gathered and no logits are formed twice."""
-    mesh = make_mesh()
-    hidden = jnp.asarray(RNG.standard_normal((8, 16, D)), jnp.float32)
-    targets = jnp.asarray(RNG.integers(V, size=(8, 16)))
-    run = jax.jit(partial(token_log_probs, chunk=32))
-    expected = run(hidden, KERNEL, targets)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_every_device_goes_through_its_own_tokens(shape):
+    """Also with a rest in the last chunk: equal to one device in value, accuracy and gradients."""
+    mesh = make_mesh(MeshConfig(*shape))
+    hidden = jnp.asarray(RNG.standard_normal((8, 5, 8)), jnp.float32)
+    kernel = jnp.asarray(RNG.standard_normal((8, 12)), jnp.float32)
+    targets = jnp.asarray(RNG.integers(12, size=(8, 5)))
+
+    def weighted(hidden, kernel, targets):
+        log_probs, correct = token_log_probs(
+            hidden, kernel, targets, chunk=2, soft_cap=3.0, with_accuracy=True
+        )
+        return jnp.sum(jnp.arange(40.0).reshape(8, 5) * log_probs), (log_probs, correct)
+
+    def gradients():
+        return jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))
+
+    expected = gradients()(hidden, kernel, targets)
     with jax.set_mesh(mesh):
         hidden, targets = jax.device_put((hidden, targets), batch_sharding(mesh))
-        text = run.lower(hidden, KERNEL, targets).compile().as_text()
-        np.testing.assert_allclose(run(hidden, KERNEL, targets), expected, atol=1e-5)
-    assert "all-gather" not in text
-    assert f"f32[{32 // 8},{V}]" in text and f"f32[32,{V}]" not in text
+        kernel = jax.device_put(kernel, NamedSharding(mesh, P("fsdp", "tensor")))
+        compiled = gradients().lower(hidden, kernel, targets).compile()
+        found = compiled(hidden, kernel, targets)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    # Nothing is moved in a loop but the vocabulary's parts of one chunk, where it is split.
+    module = parse(compiled.as_text())
+    moved = [
+        line.results[0].shape
+        for _, line, times in module.instructions()
+        if line.opcode in ("all-gather", "all-reduce", "reduce-scatter") and times > 1
+    ]
+    assert all(shape[2] > 1 and math.prod(array) <= 2 * 8 for array in moved)
+    assert all((5, 12) != line.results[0].shape[-2:] for _, line, _ in module.instructions())
 
 
 def test_soft_capped_logits():
@@ -127,3 +157,33 @@ def test_soft_capped_logits():
     )[..., 0]
     found = token_log_probs(HIDDEN, KERNEL, TARGETS, soft_cap=0.5, chunk=4)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# 15 tokens: with a rest, without one, all at once.
+@pytest.mark.parametrize(("chunk", "soft_cap"), [(4, None), (5, 1.5), (99, 1.5)])
+def test_weighted_nll_and_its_gradient_by_everything_equal_the_full_ones(chunk, soft_cap):
+    weights = jnp.asarray(RNG.random((3, 5)), jnp.float32).at[0, 1].set(0.0)
+
+    def expected(hidden, kernel, weights):
+        log_probs = jax.nn.log_softmax(vocabulary_logits(hidden, kernel, soft_cap))
+        picked = jnp.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
+        return 0.5 * -jnp.sum(weights * picked), jnp.argmax(log_probs, axis=-1) == TARGETS
+
+    def found(hidden, kernel, weights):
+        loss, correct = weighted_nll(
+            hidden, kernel, TARGETS, weights, soft_cap=soft_cap, chunk=chunk
+        )
+        return 0.5 * loss, correct
+
+    values = [
+        (*run(HIDDEN, KERNEL, weights), *jax.grad(run, (0, 1, 2), has_aux=True)(*args))
+        for run in (found, expected)
+        for args in [(HIDDEN, KERNEL, weights)]
+    ]
+    for a, b in zip(*map(jax.tree.leaves, values), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_first_of_equally_likely_tokens_is_the_most_likely():
+    logits = jnp.array([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-jnp.inf, -5.0, -jnp.inf]])
+    assert most_likely(logits).tolist() == [1, 0, 1]

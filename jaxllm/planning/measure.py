@@ -1,0 +1,99 @@
+"""Compiles a planned program and writes down everything that the compiled text says."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxllm.planning import flops, memory
+from jaxllm.planning.collectives import find_collectives, summed
+from jaxllm.planning.hlo import Array, Module, parse
+from jaxllm.planning.programs import Planned
+from jaxllm.planning.topologies import Topology
+from jaxllm.planning.traffic import memory_bytes
+
+
+def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
+    """Returns the figures of a program as JSON values; call it with `mesh` in context.
+
+    `memory.fits` is False, and there are no other figures, when the compiler found no way to hold
+    the program.
+    """
+    parts = {name: memory.per_chip(part) for name, part in planned.parts.items()}
+    shape = [mesh.shape[axis] for axis in mesh.axis_names]
+    figures: dict[str, Any] = {
+        "program": planned.name,
+        "mesh": dict(zip(mesh.axis_names, shape, strict=True)),
+        "parts": parts,
+        "model_flops": planned.model_flops,
+        "tokens": planned.tokens,
+    }
+    held = sum(parts.values())
+    if topology.chip is not None and held > topology.chip.hbm_bytes:
+        # What comes in is already too much; the compiler could only take minutes to say so.
+        limit = float(topology.chip.hbm_bytes)
+        figures["memory"] = {"fits": False, "peak": held, "limit": limit}
+        return figures
+    start = time.perf_counter()
+    lowered = planned.function.lower(*planned.arguments)
+    traced = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = memory.refused(str(error))
+        if found is None:
+            raise
+        needed, limit = found
+        figures["memory"] = {"fits": False, "peak": needed, "limit": limit}
+        return figures
+    figures["seconds"] = {"trace": traced - start, "compile": time.perf_counter() - traced}
+    module = parse(compiled.as_text())
+    figures["memory"] = {"fits": True, **memory.of_compiled(compiled).plain()}
+    figures |= _of_text(module, topology, shape, planned)
+    counted = compiled.cost_analysis() or {}
+    figures["flops"]["compiler_says"] = counted.get("flops")
+    return figures
+
+
+def _of_text(
+    module: Module, topology: Topology, shape: list[int], planned: Planned
+) -> dict[str, Any]:
+    every = find_collectives(module, topology, shape)
+    gathered = [one for one in every if one.kind == "all-gather"]
+    largest = max(gathered, key=lambda one: one.nbytes, default=None)
+    kernels = flops.kernel_flops(module)
+    array = largest_array(module)
+    return {
+        "flops": {
+            "products": flops.compiled_flops(module),
+            "kernels": sum(kernels.values()),
+        },
+        "memory_bytes": memory_bytes(module),
+        "collectives": [one.plain() for one in summed(every)],
+        "largest_gather": None if largest is None else largest.plain(),
+        "largest_array": {
+            "type": f"{array.dtype}[{','.join(map(str, array.shape))}]",
+            "nbytes": array.nbytes,
+        },
+        "layer_bytes": planned.layer_bytes,
+        "attention_kernels": sorted(kernels),
+        "loops": sum(line.opcode == "while" for _, line, _ in module.instructions()),
+    }
+
+
+def largest_array(module: Module) -> Array:
+    """Returns the largest array that the program itself makes, as one device holds it.
+
+    What only passes through, such as the parameters that a loop carries, does not count.
+    """
+    passed = ("parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "bitcast")
+    made = (
+        array
+        for _, line, times in module.instructions()
+        if times and line.opcode not in passed
+        for array in line.results
+    )
+    return max(made, key=lambda array: array.nbytes)
