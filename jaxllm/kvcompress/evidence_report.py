@@ -227,7 +227,7 @@ def _long(result: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "## Compression during long decoding (set_get)\n",
-        "Answers in the second half of 300 tokens. `every`: the prompt (first half) is compressed, "
+        "Answers in the second half of a sequence. `every`: the prompt (first half) is compressed, "
         "and again whenever the ring is full: memory is constant. `prompt only`: what comes after "
         "the prompt is kept, as in the released code, and memory grows; its bytes are those at the "
         "end.\n",
