@@ -43,7 +43,7 @@ class Batches:
     """Applied to every example with a generator that depends on (seed, position) only."""
     threads: int = 2
     hosts: tuple[int, int] = (0, 1)
-    """(this host's number, number of hosts)."""
+    """(this host's number, number of hosts); the training loop sets them to fit its mesh."""
 
     def __post_init__(self) -> None:
         if not len(self.source):

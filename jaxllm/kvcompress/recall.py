@@ -118,8 +118,8 @@ def shifted(batch: Batch) -> Batch:
 class _Steps:
     """The batches of a run by step; a source for the input pipeline."""
 
-    def __init__(self, run: RecallRun, rows: slice):
-        self.run, self.rows = run, rows
+    def __init__(self, run: RecallRun):
+        self.run = run
 
     def __len__(self) -> int:
         return max(1, self.run.loop.steps)
@@ -127,8 +127,7 @@ class _Steps:
     def __getitem__(self, step: int) -> Batch:
         run = self.run
         stage = next((s for s in run.curriculum if step < s.until), run.stages[-1])
-        batch = stage.batch(run.loop.seed, step, run.batch_size)
-        return {name: value[self.rows] for name, value in shifted(batch).items()}
+        return shifted(stage.batch(run.loop.seed, step, run.batch_size))
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,13 @@ class StepBatches(Batches):
     """Batches that are made whole for each step, as a curriculum wants, instead of drawn."""
 
     def dataset(self) -> grain.MapDataset:
-        """Returns this host's batches as a dataset indexed by step."""
-        return grain.MapDataset.source(self.source)
+        """Returns this host's rows of every batch as a dataset indexed by step."""
+        host, hosts = self.hosts
+        size = self.batch_size // hosts
+        rows = slice(host * size, (host + 1) * size)
+        return grain.MapDataset.source(self.source).map(
+            lambda batch: {name: value[rows] for name, value in batch.items()}
+        )
 
 
 def recall_job(run: RecallRun) -> Job:
@@ -168,7 +172,6 @@ def recall_job(run: RecallRun) -> Job:
                 )
         return params
 
-    host, hosts = jax.process_index(), jax.process_count()
     return Job(
         name=JOB,
         config=run,
@@ -182,12 +185,7 @@ def recall_job(run: RecallRun) -> Job:
             optimizer,
             run.optimizer,
         ),
-        batches=StepBatches(
-            _Steps(run, slice(host, None, hosts)),
-            run.batch_size,
-            run.loop.seed,
-            hosts=(host, hosts),
-        ),
+        batches=StepBatches(_Steps(run), run.batch_size, run.loop.seed),
         rules=DECODER_RULES,
         unit="sequences",
         evaluate=evaluate,

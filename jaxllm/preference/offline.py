@@ -101,7 +101,6 @@ def make_job(
         rows,
         config.batch_size,
         run.loop.seed,
-        hosts=(jax.process_index(), jax.process_count()),
         parts=parts,
     )
 

@@ -88,7 +88,6 @@ def reward_job(run: RewardRun, workdir: Path) -> Job:
             rows,
             run.data.batch_size,
             run.loop.seed,
-            hosts=(jax.process_index(), jax.process_count()),
             parts=parts,
         ),
         rules=trunk.rules,

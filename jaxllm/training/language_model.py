@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxllm.data.pipeline import Batches, stack_examples
@@ -44,6 +43,7 @@ from jaxllm.nn.lora import LoraConfig, merge
 from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.parallel.mesh import MeshConfig
+from jaxllm.parallel.processes import first_process, wait_for_all
 from jaxllm.training.checkpoint import finished_steps, read_newest
 from jaxllm.training.job import Job, LoopConfig, Program
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
@@ -119,7 +119,6 @@ def language_model_job(
             train_rows,
             run.data.batch_size,
             run.loop.seed,
-            hosts=(jax.process_index(), jax.process_count()),
         ),
         rules=program.rules,
         unit="rows",
@@ -278,10 +277,9 @@ def run_tokenizer(run: LanguageModelRun, workdir: Path) -> Tokenizer:
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
-    if jax.process_index() == 0:
+    if first_process():
         save_tokenizer(tokenizer, workdir)
-    if jax.process_count() > 1:  # A process that begins later must not find half of it.
-        multihost_utils.sync_global_devices("tokenizer saved")
+    wait_for_all("tokenizer saved")  # A process that begins later must not find half of it.
 
 
 def starting_point(run: LanguageModelRun, tokenizer: Tokenizer) -> Callable[[Mesh], Tree] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jaxllm.data.pipeline import Batch
 from jaxllm.data.token_cache import cache_root
 from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings
+from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings, reader
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.job import Job, Program
 from jaxllm.training.log import Clock, Profiler
@@ -62,6 +63,9 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
     open_run_folder(workdir, job)
     mesh = make_mesh(job.mesh, devices)
     rows = rows_sharding(job, mesh)
+    source = job.batches
+    if jax.process_count() > 1:
+        source = dataclasses.replace(source, hosts=reader(mesh))
 
     with jax.set_mesh(mesh):
         # -- the state: the newest good checkpoint, else what the seed or the job gives ---------
@@ -92,7 +96,7 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
             with (
                 stop_on_signal() as stop,
                 Profiler(loop.profile, workdir / "profile") as profiled,
-                contextlib.closing(job.batches.iterate(start)) as batches,
+                contextlib.closing(source.iterate(start)) as batches,
             ):
                 while step < loop.steps and not stop.requested(step):
                     with clock.during("data"):
@@ -192,16 +196,16 @@ class stop_on_signal:  # noqa: N801 - reads as a statement
     """Turns SIGTERM and Ctrl-C into a request to stop; a second Ctrl-C interrupts at once.
 
     With several processes JAX's own preemption service catches SIGTERM and names a step at which
-    all of them stop, so that no process is left waiting for another.
+    all of them stop, so that no process is left waiting for another; Ctrl-C becomes a SIGTERM.
     """
 
     def __enter__(self) -> stop_on_signal:
         self._signalled = False
         self._old: dict[signal.Signals, Any] = {}
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # Only the main thread may set handlers.
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    self._old[number] = signal.signal(number, self._handle)
+        caught = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else [signal.SIGINT]
+        with contextlib.suppress(ValueError):  # Only the main thread may set handlers.
+            for number in caught:
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def requested(self, step: int) -> bool:
@@ -213,6 +217,8 @@ class stop_on_signal:  # noqa: N801 - reads as a statement
     def _handle(self, number: int, frame: Any) -> None:
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         self._signalled = True
 
     def __exit__(self, *exc: object) -> None:

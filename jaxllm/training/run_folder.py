@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import tyro
 
 from jaxllm.errors import InputError
+from jaxllm.parallel.processes import first_process
 from jaxllm.training.job import Job
 
 Config = TypeVar("Config")
@@ -292,7 +292,7 @@ def open_run_folder(workdir: Path, job: Job) -> None:
                 f"{workdir} holds a checkpoint of another model: {key} is {old!r} there and "
                 f"{new!r} here; choose another --workdir"
             )
-    if jax.process_index() == 0:
+    if first_process():
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, plain)
 
