@@ -110,5 +110,5 @@ def test_a_compiled_loop_is_counted_with_its_trips():
         find_collectives(module, find_topology("cpu:8"), (2, 2, 2)))}  # fmt: skip
     gathers = [one for (kind, _), one in found.items() if kind == "all-gather"]
     assert gathers and all(one.axes in ("fsdp", "tensor") for one in gathers)
-    assert sum(one.times for one in gathers) % layers == 0
+    assert sum(one.times for one in gathers) >= layers
     assert memory_bytes(module) > layers * dim * dim / 4 * 4
