@@ -22,6 +22,6 @@ def tiny_demo(tmp_path_factory):
     from jaxllm.images.demo import run_demo
 
     folder = tmp_path_factory.mktemp("tiny") / "demo"
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         report = run_demo(tiny_runs.demo(), folder)
     return folder, report

@@ -1,6 +1,7 @@
 """Re-examines a paper's central claim at CPU scale and writes docs/evidence/NAME.{md,json,png}.
 
 python train/evidence.py dnd [--seeds 0 1 2] [--steps 500] [--out docs/evidence]
+python train/evidence.py headkv [--retrain True] [--budgets 2 8] [--out docs/evidence]
 """
 
 import sys
@@ -8,10 +9,15 @@ from pathlib import Path
 
 from jaxllm.errors import InputError, run_command
 from jaxllm.images.evidence import EvidenceRun, dnd_evidence
+from jaxllm.kvcompress.evidence import headkv_evidence
+from jaxllm.kvcompress.evidence_run import CacheEvidenceRun
 from jaxllm.training.loop import use_compile_cache
 from jaxllm.training.run_folder import override
 
-EVIDENCE = {"dnd": (EvidenceRun, dnd_evidence)}
+EVIDENCE = {
+    "dnd": (EvidenceRun, dnd_evidence),
+    "headkv": (CacheEvidenceRun, headkv_evidence),
+}
 
 
 def main() -> int:

@@ -217,18 +217,10 @@ def plot(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
-    """Times sampling of DnD beside the flattened model and a PyTorch loop."""
-    from jaxllm.cli.show import write_page
-    from jaxllm.images.bench import bench_dnd
+    """Times a system beside what one would use instead."""
+    from jaxllm.cli.bench_commands import bench as run
 
-    if min(options.repeats, options.threads, *options.batch) < 1:
-        raise InputError("--repeats, --batch and --threads must be at least 1")
-    if options.output is not None:
-        check_target(Path(options.output))
-    result = bench_dnd(repeats=options.repeats, batches=options.batch, threads=options.threads)
-    if options.output is not None:
-        write_page(Path(options.output), f"jaxllm bench {options.name}", result)
-    return result
+    return run(options)
 
 
 def data(options: argparse.Namespace) -> dict[str, Any]:

@@ -132,12 +132,12 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--metric", nargs="+", help="names as in metrics.jsonl")
     plot.add_argument("--out", required=True, metavar="FILE")
 
-    bench = add("bench", "Time a system beside what one would use instead: dnd.", "bench")
-    bench.add_argument("name", choices=("dnd",))
+    bench = add("bench", "Time a system beside what one would use instead.", "bench")
+    bench.add_argument("name", choices=("dnd", "decode", "train", "headkv"))
     bench.add_argument("--repeats", type=int, default=7)
-    bench.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    bench.add_argument("--batch", type=int, nargs="+", help="default: the benchmark's")
     bench.add_argument("--threads", type=int, default=2, help="threads of the torch side")
-    bench.add_argument("--output", metavar="MD", help="also write the result as a Markdown page")
+    bench.add_argument("--output", metavar="MD", help="also write it, as a section of a page")
 
     data = add("data", "Describe a bundled data set, or verify its files.", "data")
     data.add_argument("name", nargs="?", help="default: list all")

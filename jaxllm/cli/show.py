@@ -1,8 +1,9 @@
-"""A command's result as a table in the terminal or as a Markdown page."""
+"""A command's result as a table in the terminal or as a section of a Markdown page."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,26 @@ def plain_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_page(path: Path, command: str, result: dict[str, Any]) -> None:
-    """Writes `result` as Markdown: the command, its rows as tables, everything else as a list."""
-    lines = [f"# `{command}`\n"]
+def write_section(path: Path, command: str, result: dict[str, Any]) -> None:
+    """Writes `result` as the section of `command` in a Markdown page; the rest of it stays.
+
+    The section is a heading, rows as tables, and everything else as a list. A page that has the
+    section already gets the new one in its place, another page at its end.
+    """
+    heading = f"## `{command}`\n"
+    lines = [heading]
     tables = {k: v for k, v in result.items() if isinstance(v, list) and _is_rows(v)}
     for rows in tables.values():
         lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
         lines += ["| " + " | ".join(_text(v) for v in row.values()) + " |" for row in rows]
         lines.append("")
     lines += [f"* {k}: {_text(v)}" for k, v in result.items() if k not in tables]
-    write_text(path, "\n".join(lines) + "\n")
+    section = "\n".join(lines) + "\n"
+    page = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    places = [i for i, part in enumerate(parts) if part.startswith(heading)]
+    if places:
+        parts[places[0]] = section
+    else:
+        parts.append(section)
+    write_text(path, "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import InputError, run_command
-from jaxllm.parallel.mesh import start_distributed
+from jaxllm.parallel.mesh import MeshConfig
+from jaxllm.parallel.processes import end_together, start_distributed
 from jaxllm.training.run_folder import load_config, override
 
 
@@ -17,15 +18,19 @@ def main(
     kinds: type | tuple[type, ...],
     run: Callable[[Any, Path], Any],
     arguments: Sequence[str] | None = None,
+    *,
+    prepare: Callable[[list[str]], list[str]] = list,
 ) -> None:
     """Parses `CONFIG.py [--dotted.key value ...] [--workdir DIR]`, calls `run(config, workdir)`.
+
+    `prepare` may rewrite the arguments.
 
     Exits with 0 when the run finished or a signal stopped it after saving, and with 2 and one line
     on bad input.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run_command(lambda: _main(kinds, run, given)))
+    sys.exit(run_command(lambda: _main(kinds, run, prepare(given))))
 
 
 def _main(kinds: type | tuple[type, ...], run: Callable[[Any, Path], Any], given: list[str]) -> int:
@@ -47,6 +52,8 @@ def _main(kinds: type | tuple[type, ...], run: Callable[[Any, Path], Any], given
             kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
         )
         raise InputError(f"config {path}: is a {type(config).__name__}, this script needs {names}")
-    start_distributed(getattr(getattr(config, "mesh", None), "distributed", "off"))
-    run(config, workdir)
+    mesh = getattr(config, "mesh", MeshConfig(distributed="off"))
+    start_distributed(mesh.distributed, lost_after=mesh.lost_after)
+    with end_together():
+        run(config, workdir)
     return 0

@@ -43,7 +43,7 @@ class Batches:
     """Applied to every example with a generator that depends on (seed, position) only."""
     threads: int = 2
     hosts: tuple[int, int] = (0, 1)
-    """(this host's number, number of hosts)."""
+    """(this host's number, number of hosts); the training loop sets them to fit its mesh."""
 
     def __post_init__(self) -> None:
         if not len(self.source):
@@ -52,6 +52,11 @@ class Batches:
             raise InputError(
                 f"batch size {self.batch_size} is not a positive multiple of {self.hosts[1]} hosts"
             )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Lengths of the first axes of a batch's arrays, which devices split, by their names."""
+        return {"batch size": self.batch_size}
 
     def dataset(self) -> grain.MapDataset:
         """Returns this host's batches as a dataset indexed by step."""

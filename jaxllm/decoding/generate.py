@@ -99,6 +99,7 @@ class TextGenerator:
         seed: int = 0,
         batch: int = 8,
         on_text: OnText | None = None,
+        least_prompt: int = 1,
     ) -> list[list[Completion]]:
         """Returns `samples` completions of each prompt, in the order of the prompts.
 
@@ -113,6 +114,7 @@ class TextGenerator:
           seed: Seed of all draws.
           batch: Prompts run together.
           on_text: Called as text becomes final; needs a tokenizer and one sample.
+          least_prompt: See `TextSampler.prefill`.
 
         Raises:
           InputError: An argument or a prompt out of range.
@@ -127,6 +129,7 @@ class TextGenerator:
             raise InputError(f"streaming shows one sample per prompt, got {samples}")
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         results: dict[int, list[Completion]] = {}
+        layers = self.sampler.layers(self.params, self.extra)
         for start in range(0, len(order), batch):
             numbers = order[start : start + batch]
             # A last batch of another size would be compiled anew.
@@ -139,13 +142,15 @@ class TextGenerator:
                 keys[::samples],
                 max_new_tokens=sampling.max_new_tokens,
                 keep_seen=sampling.repetition_penalty != 1,
+                least_prompt=least_prompt,
+                layers=layers,
             )
             if samples > 1:
                 state = dataclasses.replace(repeat_rows(state, samples), keys=keys)
             rows = [
                 _Row(self.tokenizer, prompts[i], sampling) for i in filled for _ in range(samples)
             ]
-            self._finish(state, sampling, rows, stop, numbers, on_text)
+            self._finish(state, sampling, layers, rows, stop, numbers, on_text)
             for place, number in enumerate(numbers):
                 mine = rows[place * samples : (place + 1) * samples]
                 results[number] = [row.completion for row in mine]
@@ -155,6 +160,7 @@ class TextGenerator:
         self,
         state: TextState,
         sampling: TextSampling,
+        layers: Any,
         rows: Sequence[_Row],
         stop: Sequence[str],
         numbers: Sequence[int],
@@ -162,7 +168,7 @@ class TextGenerator:
     ) -> None:
         """Draws until every row has ended; looks at the tokens once per chunk."""
         while True:
-            state, drawn = self.sampler.decode(self.params, self.extra, state, sampling)
+            state, drawn = self.sampler.decode(self.params, self.extra, state, sampling, layers)
             tokens, log_probs, valid = (np.asarray(x) for x in jax.tree.leaves(drawn))
             for place, row in enumerate(rows):
                 for column in np.flatnonzero(valid[place]):

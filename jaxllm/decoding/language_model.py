@@ -154,8 +154,8 @@ def is_language_model(path: str | Path) -> bool:
     if is_hf_folder(path):
         return True
     try:
-        return json.loads(config.read_text())["job"] == trained.JOB
-    except (OSError, ValueError, KeyError, TypeError):
+        return trained.is_model_run(json.loads(config.read_text()))
+    except (OSError, ValueError):
         return False
 
 

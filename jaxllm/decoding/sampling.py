@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import InputError
+from jaxllm.nn.vocabulary import most_likely
 
 
 def check_filters(temperature: float, top_k: int, top_p: float) -> None:
@@ -95,13 +96,14 @@ def sample_token(
     Returns:
       int32 [B].
     """
-    greedy = jnp.asarray(temperature) <= 0
-    below = logits - jnp.max(logits, axis=-1, keepdims=True)
-    # A temperature this low leaves mass on the largest logits only, and 0 picks the first of them.
-    scaled = below / jnp.where(greedy, 1e-30, temperature)
-    masses = jnp.exp(filter_logits(scaled, top_k=top_k, top_p=top_p))  # The largest is 1.
-    masses = jnp.where(masses >= min_p, masses, 0.0)
-    return _pick(jnp.where(greedy, 0.0, uniforms), masses)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+
+    def draw() -> jax.Array:
+        scaled = (logits - highest) / jnp.maximum(temperature, 1e-30)
+        masses = jnp.exp(filter_logits(scaled, top_k=top_k, top_p=top_p))  # The largest is 1.
+        return _pick(uniforms, jnp.where(masses >= min_p, masses, 0.0))
+
+    return jax.lax.cond(jnp.asarray(temperature) <= 0, lambda: most_likely(logits), draw)
 
 
 def _pick(uniforms: jax.Array, masses: jax.Array) -> jax.Array:

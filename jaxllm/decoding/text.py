@@ -21,6 +21,7 @@ import numpy as np
 from flax import struct
 
 from jaxllm.decoding.sampling import check_filters, check_range, penalise, sample_token
+from jaxllm.decoding.text_cache import folded
 from jaxllm.errors import InputError
 from jaxllm.parallel.sharding import constrain
 
@@ -165,6 +166,7 @@ class TextSampler:
         self.traces = 0
         """Times the loop was traced, that is, compiled for another shape or option."""
         self._fresh = jax.jit(new_caches, static_argnums=(0, 1, 2))
+        self._unstacked = jax.jit(lambda params, extra: build(params, extra).unstack())
         self._prefill = jax.jit(
             self._run_prompt, static_argnames=("keep",), donate_argnames=("caches",)
         )
@@ -172,6 +174,13 @@ class TextSampler:
         self._chunk = jax.jit(
             self._decode, static_argnames=("top_k", "filtered"), donate_argnames=("state",)
         )
+
+    def layers(self, params: Tree, extra: Tree) -> Any:
+        """Returns the model's layers one by one, for `prefill`, `extend` and `decode`.
+
+        They are copies of the stacked parameters. Without them each of those calls makes its own.
+        """
+        return self._unstacked(params, extra)
 
     def prefill(
         self,
@@ -182,6 +191,8 @@ class TextSampler:
         *,
         max_new_tokens: int,
         keep_seen: bool = False,
+        least_prompt: int = 1,
+        layers: Any = None,
     ) -> TextState:
         """Runs the prompts and returns the state from which `decode` goes on.
 
@@ -192,6 +203,9 @@ class TextSampler:
           keys: Typed keys [B], one per row.
           max_new_tokens: Slots to leave free behind the prompt.
           keep_seen: Track which tokens a row holds, for the repetition penalty.
+          least_prompt: Pads prompts as if one had that many tokens, so that batches of shorter ones
+            do not compile anew.
+          layers: `layers(params, extra)`, where several calls share them.
 
         Raises:
           InputError: An empty prompt or an id outside the vocabulary.
@@ -201,11 +215,13 @@ class TextSampler:
             if not len(prompt):
                 raise InputError(f"prompt {row} is empty; a model needs at least one token")
             check_range(f"prompt {row}: token id", np.asarray(prompt), vocabulary)
-        length, slots = _slots(max(map(len, prompts)), max_new_tokens)
+        length, slots = _slots(max(least_prompt, *map(len, prompts)), max_new_tokens)
         tokens, positions = left_padded(prompts, length)
         # Made by a program of their own: inside the prompt's the compiler would fold their zeros.
         caches = self._fresh(len(prompts), length, slots)
-        return self._prefill(params, extra, tokens, positions, keys, caches=caches, keep=keep_seen)
+        return self._prefill(
+            params, extra, layers, tokens, positions, keys, caches=caches, keep=keep_seen
+        )
 
     def cache_bytes(self, batch: int, prompt_length: int, max_new_tokens: int) -> int:
         """Returns the bytes of the caches that `prefill` makes for prompts of such a length."""
@@ -214,7 +230,12 @@ class TextSampler:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
     def extend(
-        self, params: Tree, extra: Tree, state: TextState, more: Sequence[Sequence[int]]
+        self,
+        params: Tree,
+        extra: Tree,
+        state: TextState,
+        more: Sequence[Sequence[int]],
+        layers: Any = None,
     ) -> TextState:
         """Returns the state after `more` tokens; `state` itself stays usable.
 
@@ -232,10 +253,15 @@ class TextSampler:
                     "left; leave more room at prefill"
                 )
         tokens, offsets = left_padded(more, length)
-        return self._more(params, extra, state, tokens, offsets)
+        return self._more(params, extra, layers, state, tokens, offsets)
 
     def decode(
-        self, params: Tree, extra: Tree, state: TextState, sampling: TextSampling
+        self,
+        params: Tree,
+        extra: Tree,
+        state: TextState,
+        sampling: TextSampling,
+        layers: Any = None,
     ) -> tuple[TextState, Drawn]:
         """Draws up to `CHUNK` more tokens per row; `state` is donated, so do not use it again.
 
@@ -247,6 +273,7 @@ class TextSampler:
         return self._chunk(
             params,
             extra,
+            layers,
             state=state,
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
@@ -262,6 +289,7 @@ class TextSampler:
         self,
         params: Tree,
         extra: Tree,
+        layers: Any,
         tokens: jax.Array,
         positions: jax.Array,
         keys: jax.Array,
@@ -271,7 +299,7 @@ class TextSampler:
     ) -> TextState:
         model = self.build(params, extra)
         batch = len(tokens)
-        hidden, caches = self._through(model, caches, tokens, positions)
+        hidden, caches = self._through(model, layers, caches, tokens, positions)
         seen = None
         if keep:
             seen = jnp.zeros((batch, model.config.vocab_size), bool)
@@ -287,10 +315,10 @@ class TextSampler:
         )
 
     def _through(
-        self, model: TextModel, caches: Any, tokens: jax.Array, positions: jax.Array
+        self, model: TextModel, layers: Any, caches: Any, tokens: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Runs a prompt, whole or in chunks, and returns the last hidden state [B, D]."""
-        layers = model.unstack()
+        layers = model.unstack() if layers is None else layers
         size = self.prefill_chunk
         length = tokens.shape[1]
         if size is None or length <= size:
@@ -308,11 +336,17 @@ class TextSampler:
         return hidden[-1], caches
 
     def _run_more(
-        self, params: Tree, extra: Tree, state: TextState, tokens: jax.Array, offsets: jax.Array
+        self,
+        params: Tree,
+        extra: Tree,
+        layers: Any,
+        state: TextState,
+        tokens: jax.Array,
+        offsets: jax.Array,
     ) -> TextState:
         model = self.build(params, extra)
         positions = jnp.where(offsets >= 0, state.position[:, None] + offsets, -1)
-        hidden, caches = self._through(model, state.caches, tokens, positions)
+        hidden, caches = self._through(model, layers, state.caches, tokens, positions)
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(positions >= 0)
@@ -324,6 +358,7 @@ class TextSampler:
         self,
         params: Tree,
         extra: Tree,
+        layers: Any,
         *,
         state: TextState,
         temperature: jax.Array,
@@ -337,7 +372,7 @@ class TextSampler:
     ) -> tuple[TextState, Drawn]:
         self.traces += 1  # Runs while tracing only.
         model = self.build(params, extra)
-        layers = model.unstack()
+        layers = model.unstack() if layers is None else layers
         rows = jnp.arange(len(state.position))
         blocks = (cache.block for cache in state.caches)
         size = min([CHUNK, *(block for block in blocks if block is not None)])
@@ -353,6 +388,9 @@ class TextSampler:
             log_probs=jnp.zeros((len(rows), size), jnp.float32),
             valid=jnp.zeros((len(rows), size), bool),
         )
+
+        carried, unfold = folded(state.caches)
+        state = dataclasses.replace(state, caches=carried)
 
         def unfinished(carry: tuple[jax.Array, TextState, Drawn]) -> jax.Array:
             count, state, _ = carry
@@ -386,11 +424,12 @@ class TextSampler:
             # What a finished row still computes is written as padding, so that the conversation can
             # go on where it ended.
             position = jnp.where(state.done, -1, state.position)
-            hidden, caches = model.step(layers, state.caches, token[:, None], position[:, None])
+            caches = unfold(state.caches)
+            hidden, caches = model.step(layers, caches, token[:, None], position[:, None])
             seen = None if state.seen is None else state.seen.at[rows, token].set(True)
             state = dataclasses.replace(
                 state,
-                caches=caches,
+                caches=folded(caches)[0],
                 hidden=hidden[:, -1],
                 position=jnp.where(state.done, state.position, state.position + 1),
                 step=state.step + 1,
@@ -400,7 +439,7 @@ class TextSampler:
             return count + 1, state, drawn
 
         _, state, drawn = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, empty))
-        caches = [cache.end_block() for cache in state.caches]
+        caches = [cache.end_block() for cache in unfold(state.caches)]
         return dataclasses.replace(state, caches=caches), drawn
 
 

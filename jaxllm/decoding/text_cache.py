@@ -18,7 +18,7 @@ Keys and queries are already rotated. A model with another scale than 1/sqrt(H) 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,8 @@ from jaxllm.parallel.sharding import constrain
 _QUERY_CHUNK = 256
 """Queries scored at once: a long prompt needs [B, N, 256, S] scores, not [B, N, T, S]."""
 _KERNEL_BLOCK = 128
+_FEW_QUERIES = 8
+"""Queries per key/value head of one decode step, about."""
 
 
 class Attention(NamedTuple):
@@ -80,9 +82,14 @@ def visible(
 
 def logits(q: jax.Array, keys: jax.Array, soft_cap: float | None = None) -> jax.Array:
     """Returns float32 [B, K, G, T, S] scaled scores of q [B, K, G, T, H] on keys [B, K, S, H]."""
-    scores = jnp.einsum(
-        "bkgth,bksh->bkgts", q, keys.astype(q.dtype), preferred_element_type=jnp.float32
-    ) * (q.shape[-1] ** -0.5)
+    keys = keys.astype(q.dtype)
+    if q.shape[2] * q.shape[3] <= _FEW_QUERIES:
+        # Keys on the left: the CPU backend would copy them transposed to have them on the right.
+        turned = jnp.einsum("bksh,bkgth->bksgt", keys, q, preferred_element_type=jnp.float32)
+        scores = jnp.moveaxis(turned, 2, -1)
+    else:
+        scores = jnp.einsum("bkgth,bksh->bkgts", q, keys, preferred_element_type=jnp.float32)
+    scores = scores * (q.shape[-1] ** -0.5)
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
@@ -264,9 +271,10 @@ class DenseCache:
         slot = self.fill % self.length if self.rolling else self.fill
 
         def write(held: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(
-                held, new.transpose(0, 2, 1, 3).astype(held.dtype), (0, 0, slot, 0)
-            )
+            new = new.transpose(0, 2, 1, 3).astype(held.dtype)
+            if len(held) == 1:  # See `folded`.
+                return jax.lax.dynamic_update_slice(held[0], new[0], (0, slot, 0))[None]
+            return jax.lax.dynamic_update_slice(held, new, (0, 0, slot, 0))
 
         return dataclasses.replace(
             self,
@@ -391,3 +399,20 @@ def dense_cache(
         soft_cap=soft_cap,
         rolling=rolling,
     )
+
+
+def folded(caches: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Any]]:
+    """Returns the arrays of caches for a loop to carry, and what makes caches of them again.
+
+    Of a single row, [1, K, S, H], the loop carries [K, S, H]. The CPU backend takes an axis of
+    length 1 away before its products; if it is there when a new entry is written, the compiler
+    repeats the write before every product and copies the whole cache several times per token.
+    """
+    leaves, tree = jax.tree.flatten(caches)
+    single = [leaf.ndim == 4 and len(leaf) == 1 for leaf in leaves]
+
+    def unfold(carried: Sequence[jax.Array]) -> Any:
+        pairs = zip(carried, single, strict=True)
+        return jax.tree.unflatten(tree, [leaf[None] if one else leaf for leaf, one in pairs])
+
+    return [leaf[0] if one else leaf for leaf, one in zip(leaves, single, strict=True)], unfold

@@ -58,7 +58,6 @@ def classifier_job(run: ClassifierRun) -> Job:
             run.data.batch_size,
             run.loop.seed,
             PrepareImage(run.data, train=True),
-            hosts=(jax.process_index(), jax.process_count()),
         ),
         rules=program.rules,
         evaluate=evaluate,

@@ -108,7 +108,6 @@ def code_model_job(run: AnyCodeRun) -> Job:
             run.data.batch_size,
             run.loop.seed,
             DrawCrop(run.data.random_crop),
-            hosts=(jax.process_index(), jax.process_count()),
         ),
         rules=program.rules,
         evaluate=evaluate,

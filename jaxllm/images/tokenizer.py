@@ -78,7 +78,6 @@ def tokenizer_job(run: TokenizerRun) -> Job:
         run.data.batch_size,
         run.loop.seed,
         PrepareImage(run.data, train=True),
-        hosts=(jax.process_index(), jax.process_count()),
     )
     first_images = None
     if run.kmeans_start:

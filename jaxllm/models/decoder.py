@@ -30,12 +30,13 @@ from jaxllm.nn.attention import AttendFn, AttentionConfig, attend
 from jaxllm.nn.block import Block
 from jaxllm.nn.dropout import dropout
 from jaxllm.nn.lookup import look_up
+from jaxllm.nn.lora import Kernels, adapt_layer
 from jaxllm.nn.mlp import MlpConfig
 from jaxllm.nn.module import Blueprint
 from jaxllm.nn.norm import NormConfig, make_norm
 from jaxllm.nn.rope import RopeConfig, RotaryTable, rotary_frequencies, rotary_rows
 from jaxllm.nn.stack import Remat, scan_layers, slice_layers, stack_layers, take_layer
-from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
+from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits, weighted_nll
 from jaxllm.parallel.sharding import constrain
 
 Windows = tuple[int | None, ...]
@@ -138,6 +139,9 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         key: jax.Array | None = None,
+        *,
+        branch_ids: jax.Array | None = None,
+        adapters: tuple[Any, float] | None = None,
     ) -> jax.Array:
         """Final normalised activations of whole sequences; the one at t predicts token t + 1.
 
@@ -148,17 +152,23 @@ class Decoder(nnx.Module):
           segment_ids: int [B, T], packed sequences; a token sees only its own segment, which is
             one run of equal ids.
           key: Turns dropout on.
+          branch_ids: int [B, T], continuations of one prompt in one segment: a token sees the
+            branch 0 of its segment and its own branch. Needs `positions`.
+          adapters: Low-rank changes of kernels under `layers`, and their scale; see `nn/lora.py`.
 
         Returns:
           [B, T, D] in the compute dtype; meaningless at padding.
 
         Raises:
-          InputError: More tokens than learned positions.
+          InputError: More tokens than learned positions, or branches with a window that is shorter
+            than the rows.
         """
         config = self.config
         length = tokens.shape[1]
         if config.learned_positions and length > config.max_positions:
             raise InputError(f"{length} tokens are more than max_positions {config.max_positions}")
+        if branch_ids is not None:
+            _check_branches(config, length, positions)
         if positions is None:
             positions = _positions(length, segment_ids)
         else:
@@ -174,22 +184,25 @@ class Decoder(nnx.Module):
                 attend,
                 causal=True,
                 segment_ids=segment_ids,
+                branch_ids=branch_ids,
                 window=window,
                 soft_cap=config.attention.soft_cap,
             )
 
+        small, scale = (None, 1.0) if adapters is None else (adapters[0]["layers"], adapters[1])
         for start, stop, windows in _groups(config.layer_windows):
             period = len(windows)
 
             def apply(
-                blocks: Block, h: jax.Array, keys: Any, windows: Windows = windows
+                blocks: Block, h: jax.Array, others: Any, windows: Windows = windows
             ) -> jax.Array:
                 for i, window in enumerate(windows):
-                    block, key = take_layer((blocks, keys), i)
+                    block, (key, change) = take_layer((blocks, others), i)
+                    block = block if change is None else adapt_layer(block, change, scale)
                     h = block(h, table, attention(window), key)
                 return h
 
-            part = slice_layers((self.layers, keys), start, stop)
+            part = slice_layers((self.layers, (keys, small)), start, stop)
             folded = jax.tree.map(
                 lambda leaf, period=period: leaf.reshape(-1, period, *leaf.shape[1:]), part
             )
@@ -228,6 +241,26 @@ class Decoder(nnx.Module):
             soft_cap=self.config.logit_soft_cap,
             chunk=chunk,
             with_accuracy=with_accuracy,
+        )
+
+    def weighted_nll(
+        self, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk: int = 1024
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the sum of weights times negative log-likelihoods, and which targets lead.
+
+        Args:
+          hidden: [B, T, D] from `hidden`.
+          targets: int [B, T].
+          weights: float32 [B, T].
+          chunk: Tokens whose logits exist at the same time; see `nn.vocabulary.weighted_nll`.
+        """
+        return weighted_nll(
+            hidden,
+            self.head_kernel(),
+            targets,
+            weights,
+            soft_cap=self.config.logit_soft_cap,
+            chunk=chunk,
         )
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -304,6 +337,18 @@ def _positions(length: int, segment_ids: jax.Array | None) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def _check_branches(config: DecoderConfig, length: int, positions: jax.Array | None) -> None:
+    if positions is None:
+        raise InputError("branches of a prompt need positions")
+    # A window counts keys of the row, of which some belong to other branches.
+    short = [w for w in config.layer_windows if w is not None and w < length]
+    if short:
+        raise InputError(
+            f"branches of a prompt in rows of {length} tokens: the model's window of {short[0]} is "
+            "shorter; use another layout of rows"
+        )
+
+
 def _groups(windows: Windows) -> list[tuple[int, int, Windows]]:
     """Splits the layers into (start, stop, windows of one period), each scanned by itself.
 
@@ -338,4 +383,11 @@ DECODER_RULES = (
     (r"^position_embed$", (None, "embed")),
     (r"^norm/(scale|bias)$", (None,)),
     (r"^head$", ("embed", "vocab")),
+)
+
+# Path regex -> (stack axes, input axes) of the kernels that adapters can change.
+DECODER_KERNELS: Kernels = (
+    (r"^layers/attn/out$", 1, 2),
+    (r"^layers/attn/qkv$", 1, 1),
+    (r"^layers/mlp/(gate|up|down)$", 1, 1),
 )

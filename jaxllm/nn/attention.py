@@ -38,6 +38,7 @@ def attend(
     causal: bool = False,
     key_length: jax.Array | int | None = None,
     segment_ids: jax.Array | None = None,
+    branch_ids: jax.Array | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     implementation: Implementation = "auto",
@@ -51,6 +52,7 @@ def attend(
       causal: Query t sees keys up to t + S - T.
       key_length: Only the first `key_length` keys exist, a scalar or [B]; None means all.
       segment_ids: int [B, T] with T = S; a query sees only keys of its own segment.
+      branch_ids: int [B, T] with T = S; a query sees only keys of branch 0 and of its own branch.
       window: Causal only: a query sees its own key and the `window - 1` keys before it.
       soft_cap: Scores s become c tanh(s / c) before the mask (Gemma 2, arXiv:2408.00118).
       implementation: `auto` takes cuDNN on a GPU in half precision, splash on a TPU when T = S is a
@@ -65,14 +67,15 @@ def attend(
     """
     if window is not None and (window < 1 or not causal):
         raise InputError(f"attention window {window} must be at least 1 and causal, not {causal=}")
-    if segment_ids is not None and not segment_ids.shape == (*q.shape[:2],) == k.shape[:2]:
-        raise InputError(
-            f"segment_ids {segment_ids.shape} must be [B, T] of {q.shape[1]} queries and as many "
-            f"keys, not {k.shape[1]}"
-        )
+    for name, ids in (("segment_ids", segment_ids), ("branch_ids", branch_ids)):
+        if ids is not None and not ids.shape == (*q.shape[:2],) == k.shape[:2]:
+            raise InputError(
+                f"{name} {ids.shape} must be [B, T] of {q.shape[1]} queries and as many keys, not "
+                f"{k.shape[1]}"
+            )
     if window is not None and window >= k.shape[1]:
         window = None
-    mask = _Mask(causal, key_length, segment_ids, window, soft_cap)
+    mask = _Mask(causal, key_length, segment_ids, window, soft_cap, branch_ids)
     chosen = _choose(q, k, mask) if implementation == "auto" else implementation
     if not _can(chosen, q, k, mask):
         raise InputError(
@@ -100,9 +103,14 @@ class _Mask(NamedTuple):
     segment_ids: jax.Array | None
     window: int | None
     soft_cap: float | None
+    branch_ids: jax.Array | None = None
 
     def __str__(self) -> str:
-        arrays = (("key_length", self.key_length), ("segment_ids", self.segment_ids))
+        arrays = (
+            ("key_length", self.key_length),
+            ("segment_ids", self.segment_ids),
+            ("branch_ids", self.branch_ids),
+        )
         given = ", ".join(f"{name} {'None' if x is None else 'given'}" for name, x in arrays)
         return f"causal={self.causal}, window={self.window}, soft_cap={self.soft_cap}, {given}"
 
@@ -121,6 +129,8 @@ def _choose(q: jax.Array, k: jax.Array, mask: _Mask) -> Implementation:
 
 def _can(implementation: Implementation, q: jax.Array, k: jax.Array, mask: _Mask) -> bool:
     """Whether an implementation computes this mask at all."""
+    if mask.branch_ids is not None:
+        return implementation == "xla"
     square = q.shape[1] == k.shape[1]
     if implementation == "cudnn":
         if mask.segment_ids is not None or mask.soft_cap is not None:
@@ -158,6 +168,10 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask) -> jax.Array:
     if mask.segment_ids is not None:
         same = mask.segment_ids[:, :, None] == mask.segment_ids[:, None, :]
         scores = jnp.where(same[:, None, None], scores, -jnp.inf)
+    if mask.branch_ids is not None:
+        queries_of, keys_of = mask.branch_ids[:, :, None], mask.branch_ids[:, None, :]
+        visible = (keys_of == 0) | (keys_of == queries_of)
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)

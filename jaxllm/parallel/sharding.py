@@ -17,6 +17,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.errors import InputError
+
 MeshAxes = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -116,6 +118,29 @@ def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: its first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, P(AXES["batch"]))
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """Returns (this process's number, number) among the readers of a batch.
+
+    Processes whose devices hold the same rows, as when `tensor` spans them, read the same.
+
+    Raises:
+      InputError: If rows are divided otherwise between two processes, so that part of what one
+        holds is also on the other.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    held: dict[int, set[int]] = {}
+    places: Any = batch_sharding(mesh).devices_indices_map((ways,))
+    for device, (rows,) in places.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(ways)))
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != ways or len({len(part) for part in parts}) > 1:
+        raise InputError(
+            f"mesh {dict(mesh.shape)} gives processes overlapping parts of a batch; choose sizes "
+            "that divide by the devices of a process"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def activation_spec(

@@ -327,6 +327,11 @@ class PreferenceBatches(Batches):
         if rows.rows % self.hosts[1]:
             raise InputError(f"{rows.rows} rows are not a multiple of {self.hosts[1]} hosts")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Lengths of the first axes of a batch's arrays."""
+        return {"batch size": self.batch_size, "rows of a batch": self.source.rows}
+
     def dataset(self) -> grain.MapDataset:
         """Returns this host's batches as a dataset indexed by step."""
         return grain.MapDataset.source(_Steps(self))

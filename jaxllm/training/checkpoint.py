@@ -22,6 +22,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.errors import InputError
+from jaxllm.parallel.processes import agreed, first_process, wait_for_all
 from jaxllm.parallel.sharding import leaf_paths
 from jaxllm.training.run_folder import read_json, write_json
 from jaxllm.training.state import TrainState
@@ -48,7 +49,7 @@ class Checkpoints:
         """The step last restored or saved by this run."""
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        if jax.process_index() == 0:
+        if first_process():
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob("*.tmp*"):
                 shutil.rmtree(leftover)
@@ -67,10 +68,11 @@ class Checkpoints:
             self._saving = self._worker.submit(self._publish, response, step)
         if wait:
             self.wait()
+            wait_for_all(f"step {step} is published")
 
     def _publish(self, response: Any, step: int) -> None:
         response.result()
-        if jax.process_index() != 0:
+        if not first_process():
             return
         finished, unfinished = self.directory / str(step), self.directory / f"{step}.tmp"
         write_json(unfinished / SUMS, checksums(unfinished))
@@ -104,7 +106,7 @@ class Checkpoints:
           InputError: If there are checkpoints and all are damaged, or the chosen one has other
             tensors than `abstract`.
         """
-        chosen = newest_intact(self.directory)
+        chosen = self._choose()
         if chosen is None:
             return None
         difference = _difference(ocp.metadata(chosen).metadata, as_dict(abstract))
@@ -112,11 +114,25 @@ class Checkpoints:
             raise InputError(f"checkpoint {chosen} does not fit this config: {difference}")
         tree = ocp.load(chosen, as_dict(abstract))
         self.newest = int(chosen.name)
-        if jax.process_index() == 0:
+        if first_process():
             for step in finished_steps(self.directory):
                 if step > self.newest:
                     self._delete(step)
         return dataclasses.replace(abstract, **tree)
+
+    def _choose(self) -> Path | None:
+        """Lets the first process read all files and decide, so that all restore the same step."""
+        step, reason = -1, f"the first process finds no checkpoint to use in {self.directory}"
+        if first_process():
+            try:
+                chosen = newest_intact(self.directory)
+                step = -1 if chosen is None else int(chosen.name)
+            except InputError as error:
+                step, reason = -2, str(error)
+        step = agreed(step)
+        if step == -2:
+            raise InputError(reason)
+        return None if step == -1 else self.directory / str(step)
 
     def close(self) -> None:
         """Finishes the save in flight."""

@@ -65,6 +65,8 @@ class Program:
     rules: Rules
     batch: dict[str, jax.ShapeDtypeStruct]
     """Shapes and types of one step's examples over all hosts."""
+    extra_rules: Rules | None = None
+    """As in `Job`."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,17 @@ class Job:
     batches: Batches
     rules: Rules
     """Path regex -> logical axes of each parameter."""
-    load: Callable[[Mesh], Any] | None = None
-    """mesh -> parameters that take the place of those of `init`, as for fine-tuning."""
+    load: Callable[[Mesh], dict[str, Any]] | None = None
+    """mesh -> entries of `params` that take the place of those of `init`, as for fine-tuning."""
+    load_extra: Callable[[Mesh], dict[str, Any]] | None = None
+    """mesh -> entries of `extra` that take the place of those of `init`, as frozen models."""
+    extra_rules: Rules | None = None
+    """As `rules`, of `extra`; None places what mirrors a parameter like it, and replicates the
+    rest."""
+    check_start: Callable[[TrainState], None] | None = None
+    """Called with the state before the first step; raises InputError to refuse it."""
+    prepare: Callable[[TrainState, dict[str, Any]], dict[str, Any]] | None = None
+    """(state, batch) -> the batch that the step sees, on the host: samples of the current model."""
     unit: str = "images"
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     sample: Callable[[TrainState, Path], None] | None = None

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxllm.data.pipeline import Batches, stack_examples
@@ -33,10 +32,18 @@ from jaxllm.data.text_tokenizers import (
 )
 from jaxllm.errors import InputError
 from jaxllm.hub.hf_folder import is_hf_folder, load_decoder
-from jaxllm.models.decoder import DECODER_RULES, Decoder, DecoderConfig, decoder
+from jaxllm.models.decoder import (
+    DECODER_KERNELS,
+    DECODER_RULES,
+    Decoder,
+    DecoderConfig,
+    decoder,
+)
+from jaxllm.nn.lora import LoraConfig, merge
 from jaxllm.nn.module import Blueprint
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.parallel.mesh import MeshConfig
+from jaxllm.parallel.processes import first_process, wait_for_all
 from jaxllm.training.checkpoint import finished_steps, read_newest
 from jaxllm.training.job import Job, LoopConfig, Program
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
@@ -112,7 +119,6 @@ def language_model_job(
             train_rows,
             run.data.batch_size,
             run.loop.seed,
-            hosts=(jax.process_index(), jax.process_count()),
         ),
         rules=program.rules,
         unit="rows",
@@ -162,22 +168,19 @@ def _write_sample(sample: Generate, tokenizer: Tokenizer, state: TrainState, pat
 # -- loss and evaluation -------------------------------------------------------------------------
 
 
-def text_log_probs(
-    model: Decoder, batch: Batch, *, packed: bool, key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def text_log_probs(model: Decoder, batch: Batch, *, packed: bool) -> tuple[jax.Array, jax.Array]:
     """Returns log p of each target of a batch of rows, and whether it was the most likely token.
 
     Args:
       model: The model.
       batch: `tokens`, `targets` and `segment_ids`, int [B, T].
       packed: Whether rows hold several documents; padding on the right needs no segments.
-      key: Turns dropout on.
 
     Returns:
       float32 [B, T] in nats and bool [B, T]; meaningless at padding.
     """
     segments = batch["segment_ids"] if packed else None
-    hidden = model.hidden(batch["tokens"], segment_ids=segments, key=key)
+    hidden = model.hidden(batch["tokens"], segment_ids=segments)
     log_probs, correct = model.token_logprobs(hidden, batch["targets"], with_accuracy=True)
     return log_probs, correct
 
@@ -190,11 +193,12 @@ def language_model_loss(*, packed: bool, accumulate: int = 1) -> LossFn:
     """
 
     def loss_fn(model: Decoder, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        log_probs, correct = text_log_probs(model, batch, packed=packed, key=key)
+        segments = batch["segment_ids"] if packed else None
+        hidden = model.hidden(batch["tokens"], segment_ids=segments, key=key)
         weights = batch["weights"]
         total = jnp.sum(weights)
         share = weights / jnp.where(total > 0, total, 1.0)
-        loss = -jnp.sum(share * log_probs)
+        loss, correct = model.weighted_nll(hidden, batch["targets"], share)
         return loss, {
             "accuracy": jnp.sum(share * correct),
             "perplexity": jnp.exp(loss),
@@ -273,10 +277,9 @@ def run_tokenizer(run: LanguageModelRun, workdir: Path) -> Tokenizer:
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
-    if jax.process_index() == 0:
+    if first_process():
         save_tokenizer(tokenizer, workdir)
-    if jax.process_count() > 1:  # A process that begins later must not find half of it.
-        multihost_utils.sync_global_devices("tokenizer saved")
+    wait_for_all("tokenizer saved")  # A process that begins later must not find half of it.
 
 
 def starting_point(run: LanguageModelRun, tokenizer: Tokenizer) -> Callable[[Mesh], Tree] | None:
@@ -308,13 +311,16 @@ def model_config(folder: Path) -> DecoderConfig:
         from jaxllm.hub.hf_config import read_config
 
         return read_config(folder)[1]
-    return _read_run(folder).model
+    return _read_run(folder)[0]
 
 
 def read_model(
     folder: Path, *, mesh: Mesh | None = None, dtype: Any = None
 ) -> tuple[DecoderConfig, Blueprint[Decoder], Tree]:
     """Reads config, blueprint and parameters of a run of ours or of a Hugging Face folder.
+
+    A run is one that trained a language model, or one whose identity names a `decoder` whose
+    parameters are `policy`, or adapters of `base`; these are added to it.
 
     Args:
       folder: A run folder (averaged and best parameters where the run keeps such) or a folder with
@@ -328,23 +334,41 @@ def read_model(
     """
     if is_hf_folder(folder):
         return load_decoder(folder, mesh=mesh, dtype=dtype)
-    run = _read_run(folder)
+    config, precision, lora = _read_run(folder)
     best = folder / "best"
     tree = read_newest(best if finished_steps(best) else folder / "checkpoints")
     params = tree.get("ema", tree["params"])
+    params = params.get("policy", params)
+    if lora is not None:
+        params = merge(tree["extra"]["base"], params, lora, DECODER_KERNELS)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    blueprint = decoder(run.model, compute_dtype(run.precision) if dtype is None else dtype)
-    return run.model, blueprint, params
+    blueprint = decoder(config, compute_dtype(precision) if dtype is None else dtype)
+    return config, blueprint, params
 
 
-def _read_run(folder: Path) -> LanguageModelRun:
+def is_model_run(saved: Any) -> bool:
+    """Whether the content of a config.json is of a run that `read_model` reads."""
+    if not isinstance(saved, dict):
+        return False
+    identity = saved.get("identity")
+    return saved.get("job") == JOB or (isinstance(identity, dict) and "decoder" in identity)
+
+
+def _read_run(folder: Path) -> tuple[DecoderConfig, Any, LoraConfig | None]:
+    """Architecture, precision and adapters of a run."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
     saved = read_json(path)
-    if not isinstance(saved, dict) or saved.get("job") != JOB:
+    if not is_model_run(saved):
         found = saved.get("job") if isinstance(saved, dict) else None
         kind = f"a {found!r} run" if found else "neither a run's config nor a Hugging Face model's"
         raise InputError(f"{path}: {kind}, expected a {JOB!r} run or a Hugging Face folder")
-    return from_plain(LanguageModelRun, saved.get("config"), str(path))
+    if saved["job"] == JOB:
+        run = from_plain(LanguageModelRun, saved.get("config"), str(path))
+        return run.model, run.precision, None
+    identity = saved["identity"]
+    config = from_plain(DecoderConfig, identity["decoder"], f"{path}: identity.decoder")
+    lora = from_plain(LoraConfig | None, identity.get("lora"), f"{path}: identity.lora")
+    return config, saved["config"].get("precision", "auto"), lora

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jaxllm.data.pipeline import Batch
 from jaxllm.data.token_cache import cache_root
 from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings
+from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings, reader
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.job import Job, Program
 from jaxllm.training.log import Clock, Profiler
@@ -62,6 +63,9 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
     open_run_folder(workdir, job)
     mesh = make_mesh(job.mesh, devices)
     rows = rows_sharding(job, mesh)
+    source = job.batches
+    if jax.process_count() > 1:
+        source = dataclasses.replace(source, hosts=reader(mesh))
 
     with jax.set_mesh(mesh):
         # -- the state: the newest good checkpoint, else what the seed or the job gives ---------
@@ -73,7 +77,13 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
         if state is None:
             state = jax.jit(job.init, out_shardings=shardings)(jax.random.key(loop.seed))
             if job.load is not None:
-                state = with_params(state, jax.device_put(job.load(mesh), shardings.params))
+                loaded = replaced(state.params, job.load(mesh), shardings.params)
+                state = with_params(state, loaded)
+            if job.load_extra is not None:
+                extra = replaced(state.extra, job.load_extra(mesh), shardings.extra)
+                state = dataclasses.replace(state, extra=extra)
+            if job.check_start is not None:
+                job.check_start(state)
         step = start = int(state.step)
 
         # -- the compiled step ----------------------------------------------------------------
@@ -86,11 +96,13 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
             with (
                 stop_on_signal() as stop,
                 Profiler(loop.profile, workdir / "profile") as profiled,
-                contextlib.closing(job.batches.iterate(start)) as batches,
+                contextlib.closing(source.iterate(start)) as batches,
             ):
                 while step < loop.steps and not stop.requested(step):
                     with clock.during("data"):
                         batch = next(batches)
+                        if job.prepare is not None:
+                            batch = job.prepare(state, batch)
                     state, metrics = profiled(
                         step + 1, step_fn, state, to_devices(batch, rows), key
                     )
@@ -126,11 +138,18 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
 def rows_sharding(job: Job, mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch, whose size must divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if job.batches.batch_size % ways:
-        raise InputError(
-            f"batch size {job.batches.batch_size} does not divide over data x fsdp = {ways} devices"
-        )
+    for what, size in job.batches.sizes.items():
+        if size % ways:
+            raise InputError(f"{what} {size} does not divide over data x fsdp = {ways} devices")
     return batch_sharding(mesh)
+
+
+def replaced(tree: dict[str, Any], loaded: dict[str, Any], places: Any) -> dict[str, Any]:
+    """Returns `tree` with the entries of `loaded` in the place of its own, on the devices."""
+    if unknown := sorted(loaded.keys() - tree.keys()):
+        raise InputError(f"parameters of another model: {unknown[0]!r} is not one of this model's")
+    put = jax.device_put(loaded, {name: places[name] for name in loaded})
+    return {**tree, **put}
 
 
 def jit_step(step: StepFn, state: Any, rows: NamedSharding) -> Any:
@@ -151,6 +170,9 @@ def abstract_state(job: Job | Program, mesh: Mesh) -> TrainState:
     abstract = jax.eval_shape(lambda: job.init(jax.random.key(0)))
     params = param_shardings(abstract.params, job.rules, mesh)
     places = like_params(abstract, abstract.params, params, mesh)
+    if job.extra_rules is not None:
+        extra = param_shardings(abstract.extra, job.extra_rules, mesh)
+        places = dataclasses.replace(places, extra=extra)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,
@@ -174,16 +196,16 @@ class stop_on_signal:  # noqa: N801 - reads as a statement
     """Turns SIGTERM and Ctrl-C into a request to stop; a second Ctrl-C interrupts at once.
 
     With several processes JAX's own preemption service catches SIGTERM and names a step at which
-    all of them stop, so that no process is left waiting for another.
+    all of them stop, so that no process is left waiting for another; Ctrl-C becomes a SIGTERM.
     """
 
     def __enter__(self) -> stop_on_signal:
         self._signalled = False
         self._old: dict[signal.Signals, Any] = {}
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # Only the main thread may set handlers.
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    self._old[number] = signal.signal(number, self._handle)
+        caught = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else [signal.SIGINT]
+        with contextlib.suppress(ValueError):  # Only the main thread may set handlers.
+            for number in caught:
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def requested(self, step: int) -> bool:
@@ -195,6 +217,8 @@ class stop_on_signal:  # noqa: N801 - reads as a statement
     def _handle(self, number: int, frame: Any) -> None:
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         self._signalled = True
 
     def __exit__(self, *exc: object) -> None:

@@ -7,14 +7,18 @@ has met a non-finite value. So a checkpoint of step k implies that all rows up t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import InputError
+from jaxllm.parallel.processes import agreed, first_process
 from jaxllm.training.checkpoint import Checkpoints, finished_steps
 from jaxllm.training.job import Job
 from jaxllm.training.log import Clock, MetricsLog, Progress
@@ -33,7 +37,7 @@ class Run:
         loop = job.loop
         self.job, self.workdir, self.checkpoints = job, workdir, checkpoints
         self.start, self.clock = start, clock
-        self.main = jax.process_index() == 0
+        self.main = first_process()
         self.watched: list[str] = []
         """Names of the tensors that `TrainState.first_bad` numbers."""
         self._pending: tuple[int, dict[str, jax.Array], jax.Array] | None = None
@@ -116,9 +120,15 @@ class Run:
             return
         self.check(state)
         with self.clock.during("eval"):
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            self.job.sample(state, folder / f"step{step:07d}")
+            name = f"step{step:07d}"
+            if self.main:
+                folder = self.workdir / "samples"
+                folder.mkdir(exist_ok=True)
+                self.job.sample(state, folder / name)
+                return
+            # The others take part in what is computed, and what they write and say is dropped.
+            with TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+                self.job.sample(state, Path(scratch) / name)
 
     def finish(self, state: TrainState, step: int, device: str) -> dict[str, Any]:
         """Evaluates and samples a run that is complete, and returns and writes summary.json.
@@ -126,11 +136,11 @@ class Run:
         What was done before an interruption is not done again.
         """
         path = self.workdir / "summary.json"
-        if path.exists():
+        if agreed(path.exists()):
             return read_json(path)
         if step >= self.job.loop.steps:
             last = [row for row in self.log.rows if row["step"] == step]
-            if not any(name.startswith("eval/") for row in last for name in row):
+            if agreed(not any(name.startswith("eval/") for row in last for name in row)):
                 self.evaluate(state, step)
             self.sample(state, step)
         self.clock.enter("init")
@@ -164,7 +174,7 @@ class Best:
         """Saves `state` when its value is the lowest so far."""
         if self.metric not in values:
             raise InputError(f"loop.keep_best {self.metric!r} is not one of {sorted(values)}")
-        if values[self.metric] < self.lowest:
+        if agreed(values[self.metric] < self.lowest):
             self.lowest = values[self.metric]
             with self.clock.during("checkpoint"):
                 self.checkpoints.save(state, step, wait=True)

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import tyro
 
 from jaxllm.errors import InputError
+from jaxllm.parallel.processes import first_process
 from jaxllm.training.job import Job
 
 Config = TypeVar("Config")
@@ -61,9 +61,13 @@ def sibling_config(file: str, name: str) -> Any:
 def override(config: Config, arguments: Sequence[str]) -> Config:
     """Returns `config` with dotted overrides applied: ["--model.layers", "4"].
 
+    Where a field may hold one of several dataclasses, `--model.part.kind NAME` puts another one
+    with its defaults there, before all other overrides.
+
     Raises:
       InputError: For an unknown key (with the nearest known ones) or a value of another type.
     """
+    config, arguments = _choose_kinds(config, list(arguments))
     parse = partial(
         tyro.cli,
         type(config),
@@ -82,6 +86,51 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
             return parse()
     except SystemExit:
         raise InputError(_explain(config, arguments, captured.getvalue())) from None
+
+
+def _choose_kinds(config: Config, arguments: list[str]) -> tuple[Config, list[str]]:
+    """Applies the overrides `--key.kind NAME` and returns the others."""
+    rest: list[str] = []
+    while arguments:
+        argument = arguments.pop(0)
+        key, equals, name = argument.partition("=")
+        path = key.removeprefix("--").replace("-", "_").split(".")
+        if not key.startswith("--") or path[-1] != "kind" or not _kinds_at(config, path[:-1]):
+            rest.append(argument)
+            continue
+        if not equals:
+            if not arguments:
+                raise InputError(f"{key} needs a name")
+            name = arguments.pop(0)
+        config = _with_kind(config, path[:-1], name)
+    return config, rest
+
+
+def _kinds_at(config: Any, path: list[str]) -> dict[str, Any]:
+    """The dataclasses that the field at `path` may hold; none if it has a `kind` of its own."""
+    for name in path[:-1]:
+        config = getattr(config, name, None)
+    if not path or not dataclasses.is_dataclass(config) or not hasattr(config, path[-1]):
+        return {}
+    if hasattr(getattr(config, path[-1]), "kind"):
+        return {}
+    return _dataclasses_of(typing.get_type_hints(type(config))[path[-1]])
+
+
+def _with_kind(config: Any, path: list[str], name: str) -> Any:
+    if len(path) > 1:
+        changed = _with_kind(getattr(config, path[0]), path[1:], name)
+        return dataclasses.replace(config, **{path[0]: changed})
+    known = _kinds_at(config, path)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        hint = f"; near it: {', '.join(near)}" if near else f", expected {', '.join(known)}"
+        raise InputError(f"{path[0]}.kind {name!r} is not known{hint}")
+    try:
+        made = known[name]()
+    except TypeError:
+        raise InputError(f"{path[0]}.kind {name} has no defaults; choose it in the file") from None
+    return dataclasses.replace(config, **{path[0]: made})
 
 
 def dotted_keys(config: Any, prefix: str = "") -> list[str]:
@@ -243,7 +292,7 @@ def open_run_folder(workdir: Path, job: Job) -> None:
                 f"{workdir} holds a checkpoint of another model: {key} is {old!r} there and "
                 f"{new!r} here; choose another --workdir"
             )
-    if jax.process_index() == 0:
+    if first_process():
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, plain)
 
@@ -259,13 +308,13 @@ def first_difference(old: Any, new: Any, key: str = "model") -> tuple[str, Any, 
     return None if old == new else (key, old, new)
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Returns the versions that a result depends on, and those of `more` packages if installed."""
     from importlib.metadata import version
 
     names = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {}
-    for name in names:
+    for name in (*names, *more):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = version(name)
     return {"python": platform.python_version(), **found}

@@ -19,7 +19,7 @@ from torch_writer import save  # noqa: E402
 
 from jaxllm.cli import commands  # noqa: E402
 from jaxllm.cli.main import build_parser, main  # noqa: E402
-from jaxllm.cli.show import show  # noqa: E402
+from jaxllm.cli.show import show, write_section  # noqa: E402
 from jaxllm.data import provenance  # noqa: E402
 from jaxllm.data.images import PrepareImage, bundled, quickdraw  # noqa: E402
 from jaxllm.decoding.code_stacks import SamplingConfig  # noqa: E402
@@ -287,9 +287,20 @@ def test_bench_prints_a_table_and_writes_a_page(capsys, monkeypatch, tmp_path):
     assert main(["bench", "dnd", "--output", str(page)]) == 0
     assert "torch eager" in capsys.readouterr().out
     text = page.read_text()
-    assert text.startswith("# `jaxllm bench dnd`\n")
+    assert text.startswith("# Benchmarks\n\n## `jaxllm bench dnd`\n")
     assert "| side | images/s |\n|---|---|\n| dnd | 12.5 |\n| torch eager | 3 |\n" in text
     assert "* batches: 1, 4, 16" in text
+
+
+def test_a_bench_replaces_its_own_section_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\nProse.\n\n## `jaxllm bench a`\n\nold a\n\n## Other\n\nkept\n")
+    write_section(page, "jaxllm bench a", {"new": 1})
+    replaced = "# Title\n\nProse.\n\n## `jaxllm bench a`\n\n* new: 1\n\n## Other\n\nkept\n"
+    assert page.read_text() == replaced
+    write_section(page, "jaxllm bench b", {"rows": [{"x": 1}, {"x": 2}]})
+    added = "\n## `jaxllm bench b`\n\n| x |\n|---|\n| 1 |\n| 2 |\n"
+    assert page.read_text() == replaced + added
 
 
 def test_tables_show_every_kind_of_value(capsys):

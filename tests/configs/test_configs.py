@@ -23,7 +23,10 @@ from jaxllm.images.extract import ExtractRun
 from jaxllm.images.runs import replace_in
 from jaxllm.images.tokenizer import tokenizer_blueprint
 from jaxllm.images.words import WordsRun
+from jaxllm.kvcompress.recall import RecallRun
 from jaxllm.models.code_model import code_model
+from jaxllm.preference.config import PreferenceRun
+from jaxllm.preference.reward_scorer import RewardRun
 from jaxllm.training.language_model import LanguageModelRun
 from jaxllm.training.run_folder import (
     first_difference,
@@ -61,6 +64,9 @@ SCRIPTS = {
     DemoRun: "demo.py",
     WordsRun: "words.py",
     LanguageModelRun: "lm.py",
+    PreferenceRun: "preference.py",
+    RewardRun: "reward.py",
+    RecallRun: "recall.py",
 }
 
 

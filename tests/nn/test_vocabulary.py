@@ -12,7 +12,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
+from jaxllm.nn.vocabulary import (
+    most_likely,
+    token_log_probs,
+    vocabulary_logits,
+    weighted_nll,
+)
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.parallel.sharding import batch_sharding
 from jaxllm.planning.hlo import parse
@@ -152,3 +157,33 @@ def test_soft_capped_logits():
     )[..., 0]
     found = token_log_probs(HIDDEN, KERNEL, TARGETS, soft_cap=0.5, chunk=4)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# 15 tokens: with a rest, without one, all at once.
+@pytest.mark.parametrize(("chunk", "soft_cap"), [(4, None), (5, 1.5), (99, 1.5)])
+def test_weighted_nll_and_its_gradient_by_everything_equal_the_full_ones(chunk, soft_cap):
+    weights = jnp.asarray(RNG.random((3, 5)), jnp.float32).at[0, 1].set(0.0)
+
+    def expected(hidden, kernel, weights):
+        log_probs = jax.nn.log_softmax(vocabulary_logits(hidden, kernel, soft_cap))
+        picked = jnp.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
+        return 0.5 * -jnp.sum(weights * picked), jnp.argmax(log_probs, axis=-1) == TARGETS
+
+    def found(hidden, kernel, weights):
+        loss, correct = weighted_nll(
+            hidden, kernel, TARGETS, weights, soft_cap=soft_cap, chunk=chunk
+        )
+        return 0.5 * loss, correct
+
+    values = [
+        (*run(HIDDEN, KERNEL, weights), *jax.grad(run, (0, 1, 2), has_aux=True)(*args))
+        for run in (found, expected)
+        for args in [(HIDDEN, KERNEL, weights)]
+    ]
+    for a, b in zip(*map(jax.tree.leaves, values), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_first_of_equally_likely_tokens_is_the_most_likely():
+    logits = jnp.array([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-jnp.inf, -5.0, -jnp.inf]])
+    assert most_likely(logits).tolist() == [1, 0, 1]

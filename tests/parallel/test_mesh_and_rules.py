@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
@@ -65,11 +66,79 @@ def test_mesh_shapes(config, devices, shape):
         (MeshConfig(fsdp=3), "data=-1 fsdp=3 tensor=1 does not fit 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
         (MeshConfig(data=0), "must be positive"),
+        (MeshConfig(data=2, fsdp=4, slices=4), "data=2 does not divide over 4 slices"),
+        (MeshConfig(slices=3), "data=8 does not divide over 3 slices"),
     ],
 )
 def test_impossible_meshes_are_refused(config, message):
     with pytest.raises(InputError, match=message):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"slices": -1}, "mesh.slices -1"), ({"lost_after": 1}, "mesh.lost_after 1 must be at least")],
+)
+def test_impossible_mesh_settings_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**changes)
+
+
+def iota(text):
+    """Devices of "[2,4]T(1,0)" or "[8]": counted up in that shape, transposed, in one row."""
+    shape, turned = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    order = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+    return (order.transpose(numbers(turned)) if turned else order).reshape(-1)
+
+
+def numbers(text):
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def groups_of(text):
+    """Sets of devices of one collective, in any of the three notations that XLA prints."""
+    if listed := re.match(r"\{(\{.*?\})\}", text):
+        return [numbers(group) for group in re.findall(r"\{.*?\}", listed[1])]
+    if counted := re.match(r"\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return iota(counted[3]).reshape(int(counted[1]), int(counted[2])).tolist()
+    named = r"mesh\[(.*?)\](?:, device_ids=\((.*?)\) )? ?\{(.*?)\}"
+    axes, order, used = re.match(named, text).groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    order = iota(order or f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
+    last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", used)]
+    moved = np.moveaxis(order, last, range(-len(last), 0))
+    return moved.reshape(-1, math.prod(order.shape[axis] for axis in last)).tolist()
+
+
+def collectives(program):
+    """{kind: {(bytes, devices that talk to each other)}} of a compiled program in float32."""
+    found = {}
+    line = r"= f32\[([\d,]*)\]\S* (all-\w+|reduce-scatter)(?:-start)?\(.*replica_groups=(.*)"
+    for shape, kind, groups in re.findall(line, program):
+        for group in groups_of(groups):
+            size = 4 * math.prod(numbers(shape))
+            found.setdefault(kind, set()).add((size, tuple(sorted(group))))
+    return found
+
+
+def test_between_slices_only_gradients_travel():
+    """Two slices of four devices: parameters are gathered inside a slice, not across."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, slices=2), jax.devices()[::-1])
+    assert [d.id for d in mesh.devices[0].flat] == [0, 1, 2, 3]  # Whatever order they come in.
+    weights, rows = NamedSharding(mesh, P("fsdp")), batch_sharding(mesh)
+
+    def step(w, x):
+        return w - jax.grad(lambda w: (jnp.tanh(x @ w) ** 2).sum())(w)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 64), (16, 64))]
+    jitted = jax.jit(step, in_shardings=(weights, rows), out_shardings=weights)
+    found = collectives(jitted.lower(*shapes).compile().as_text())
+    slices = {(0, 1, 2, 3), (4, 5, 6, 7)}
+    assert {group for _, group in found["all-gather"]} == slices
+    # What crosses is a device's quarter of the gradient, summed with its partner's.
+    across = {(size, group) for pairs in found.values() for size, group in pairs}
+    across = {(size, group) for size, group in across if group not in slices}
+    assert across == {(64 * 64 * 4 // 4, pair) for pair in ((0, 4), (1, 5), (2, 6), (3, 7))}
 
 
 # -- one parameter -------------------------------------------------------------------------------

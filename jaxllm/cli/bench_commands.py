@@ -1,0 +1,70 @@
+"""`jaxllm bench NAME`: which benchmark a name is, and its section of a Markdown page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.cli.show import write_section
+from jaxllm.data.records import check_target
+from jaxllm.errors import InputError
+
+
+class Bench(NamedTuple):
+    """One benchmark.
+
+    Attributes:
+      run: Takes `repeats`, `batches` and `threads` and returns the result.
+      batches: Batch sizes unless others are asked for.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    batches: tuple[int, ...]
+
+
+def _dnd(**options: Any) -> dict[str, Any]:
+    from jaxllm.images.bench import bench_dnd
+
+    return bench_dnd(**options)
+
+
+def _decode(**options: Any) -> dict[str, Any]:
+    from jaxllm.decoding.bench import bench_decode
+
+    return bench_decode(**options)
+
+
+def _train(**options: Any) -> dict[str, Any]:
+    from jaxllm.training.bench import bench_train
+
+    return bench_train(**options)
+
+
+def _headkv(**options: Any) -> dict[str, Any]:
+    from jaxllm.kvcompress.bench import bench_headkv
+
+    return bench_headkv(**options)
+
+
+BENCHES = {
+    "dnd": Bench(_dnd, (1, 4, 16)),
+    "decode": Bench(_decode, (1, 8)),
+    "train": Bench(_train, (8,)),
+    "headkv": Bench(_headkv, (1, 4)),
+}
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmark that was named; `--output` replaces its section of a page."""
+    chosen = BENCHES[options.name]
+    batches = list(chosen.batches if options.batch is None else options.batch)
+    if min(options.repeats, options.threads, *batches) < 1:
+        raise InputError("--repeats, --batch and --threads must be at least 1")
+    if options.output is not None:
+        check_target(Path(options.output))
+    result = chosen.run(repeats=options.repeats, batches=batches, threads=options.threads)
+    if options.output is not None:
+        write_section(Path(options.output), f"jaxllm bench {options.name}", result)
+    return result

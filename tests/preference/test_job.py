@@ -1,0 +1,158 @@
+"""Training on preferences: start, layouts, devices, resuming, references, export."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_preference import (
+    WORDS,
+    assert_equal_trees,
+    go,
+    policy,
+    run_of,
+    write_folder,
+)
+
+from jaxllm.cli.main import main as jaxllm
+from jaxllm.data.text_tokenizers import byte_tokenizer
+from jaxllm.decoding.language_model import load_language_model
+from jaxllm.errors import InputError
+from jaxllm.nn.lora import LoraConfig
+from jaxllm.preference.config import PrecomputedReference
+from jaxllm.preference.job import preference_job
+from jaxllm.preference.mixture import Part, WeightedSum
+from jaxllm.preference.pairwise import IPO
+from jaxllm.preference.pairwise_anchored import AOT, BCOPair
+from jaxllm.preference.pointwise import KTO
+from jaxllm.preference.wrappers import TRDPO
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("preference"))
+
+
+@pytest.fixture(scope="module")
+def dpo(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dpo")
+    data = {"validation_file": str(folder / "pairs.jsonl")}
+    job, traces = preference_job(run_of(folder, steps=4, data=data), workdir), []
+
+    def step(*arguments):
+        traces.append(1)
+        return job.step(*arguments)
+
+    found = go(replace(job, step=step), workdir)
+    assert len(traces) == 1  # Nothing recompiles.
+    return workdir, *found
+
+
+def test_dpo_starts_at_ln_2_and_learns_the_preference(dpo):
+    _, result, rows = dpo
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["rewards/margins"] > 0.1 and rows[-1]["loss"] < rows[1]["loss"]
+    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen"} <= {
+        *rows[0]
+    }
+    assert result.summary["metrics"]["eval/rewards/accuracies"] == 1
+    assert result.summary["metrics"]["eval/examples"] == len(WORDS)
+
+
+def test_a_run_is_a_model_of_its_own(dpo, folder, tmp_path):
+    """Its reference stays what the policy was."""
+    workdir, result, _ = dpo
+    start = load_language_model(folder / "model").params
+    assert_equal_trees(result.state.extra["reference"], start)
+    model = load_language_model(workdir)
+    assert_equal_trees(model.params, policy(result))
+    assert model.eos == (byte_tokenizer().eos,) and model.tokenizer is not None
+
+
+COUPLED = WeightedSum((Part(BCOPair(shift="running")), Part(AOT(), 0.5)))
+
+
+def assert_equal_runs(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"examples_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
+
+
+def test_the_kl_of_kto_is_over_the_batch_on_all_devices(folder, tmp_path):
+    run = run_of(folder, KTO(), data={"unpair": True})
+    one, first = go(run, tmp_path / "one")
+    many, second = go(run, tmp_path / "many", devices=8)
+    assert_equal_runs(first, second)
+    assert_equal_trees(policy(many), policy(one), atol=2e-4)
+
+
+def test_losses_that_couple_rows_resume_and_spread_over_devices(folder, tmp_path):
+    """With what a state may carry: adapters, accumulation, a running mean."""
+    data = {"layout": "shared_prompt", "row_length": 40}
+    run = run_of(folder, COUPLED, accumulate=2, lora=LoraConfig(2), data=data)
+    whole, rows = go(run, tmp_path / "whole")
+    assert int(whole.state.extra["running"]["count"]) == 2 * 2 * len(WORDS)
+    go(replace(run, loop=replace(run.loop, steps=1)), tmp_path / "parts")
+    found, other = go(run, tmp_path / "parts")
+    assert_equal_trees(found.state, whole.state, rtol=0)
+    assert [row["loss"] for row in other] == [row["loss"] for row in rows]
+    many, spread = go(run, tmp_path / "many", devices=4)
+    assert_equal_runs(rows, spread)
+    assert_equal_trees(policy(many), policy(whole), atol=2e-4)
+
+
+def test_adapters_alone_are_trained_and_export_merged(folder, tmp_path, capsys):
+    run = run_of(folder, lora=LoraConfig(2))
+    result, rows = go(run, tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    start = load_language_model(folder / "model").params
+    assert_equal_trees(result.state.extra["base"], start)
+    assert "reference" not in result.state.extra
+    merged = load_language_model(tmp_path / "run").params
+    assert np.abs(merged["layers"]["mlp"]["up"] - start["layers"]["mlp"]["up"]).max() > 1e-3
+    np.testing.assert_array_equal(merged["embed"], start["embed"])
+    target = tmp_path / "exported"
+    assert jaxllm(["convert", str(tmp_path / "run"), "--to", "hf", str(target)]) == 0
+    assert_equal_trees(load_language_model(target).params, merged, atol=1e-6)
+
+
+def test_a_precomputed_reference_is_cached_and_trains_alike(folder, tmp_path, dpo, capsys):
+    reference = PrecomputedReference(cache=str(tmp_path / "cache"))
+    run = run_of(folder, steps=4, reference=reference)
+    result, rows = go(run, tmp_path / "first")
+    assert "computed the reference's log-probs of 8" in capsys.readouterr().out
+    assert_equal_trees(policy(result), policy(dpo[1]), atol=2e-4)
+    assert not result.state.extra
+    preference_job(replace(run, algorithm=IPO()), tmp_path / "second")
+    assert "computed" not in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 1
+    preference_job(run_of(folder, data={"max_completion": 3}, reference=reference), tmp_path / "x")
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
+
+
+def test_moving_references_follow_the_policy(folder, tmp_path):
+    start = load_language_model(folder / "model").params["embed"]
+    run = run_of(folder, TRDPO(alpha=0.25, every=2), steps=2)
+    result, _ = go(run, tmp_path / "run")
+    expected = 0.25 * policy(result)["embed"] + 0.75 * np.asarray(start)
+    np.testing.assert_allclose(result.state.extra["reference"]["embed"], expected, atol=1e-6)
+
+
+def test_a_start_at_which_policy_and_reference_differ_is_refused(folder, tmp_path):
+    reference = PrecomputedReference(cache=str(tmp_path / "cache"))
+    preference_job(run_of(folder, reference=reference), tmp_path / "first")
+    (path,) = (tmp_path / "cache").glob("*.npz")
+    with np.load(path) as stored:
+        changed = stored["ref_logps"] + 0.1
+    with path.open("wb") as file:
+        np.savez(file, ref_logps=changed)
+    run = run_of(folder, reference=reference)
+    with pytest.raises(InputError, match="differ by 0.0.* nats per token before the first step"):
+        go(run, tmp_path / "run")
+    assert (
+        preference_job(
+            replace(run, model=replace(run.model, check_start=False)), tmp_path / "run"
+        ).check_start
+        is None
+    )
