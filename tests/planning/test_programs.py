@@ -1,6 +1,7 @@
 """What is planned is what runs; its memory and FLOPs are those of arithmetic."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
+from jaxllm.cli.plan_command import summary
 from jaxllm.cli.plan_worker import decode_program, training_program
 from jaxllm.data.text import TextDataConfig
 from jaxllm.errors import InputError
@@ -18,6 +20,8 @@ from jaxllm.nn.mlp import MlpConfig
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.planning.flops import decode_flops, decoder_flops
 from jaxllm.planning.measure import measure
+from jaxllm.planning.programs import Planned
+from jaxllm.planning.roofline import roofline
 from jaxllm.planning.topologies import find_topology
 from jaxllm.training.language_model import (
     LanguageModelRun,
@@ -88,6 +92,27 @@ def test_no_gather_is_larger_than_a_layer(trained):
     assert {one["axes"] for one in trained["collectives"]} <= {
         "data", "fsdp", "tensor", "data+fsdp", "fsdp+tensor", "data+tensor", "data+fsdp+tensor",
     }  # fmt: skip
+
+
+def test_text_that_cannot_be_read_leaves_the_memory():
+    class Compiled:
+        memory_analysis = staticmethod(lambda: SimpleNamespace(
+            argument_size_in_bytes=5, output_size_in_bytes=4, alias_size_in_bytes=3,
+            temp_size_in_bytes=2, generated_code_size_in_bytes=1,
+        ))  # fmt: skip
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: 1 operand but sees 3\nmore")
+
+    lowered = SimpleNamespace(compile=Compiled)
+    function = SimpleNamespace(lower=lambda *arguments: lowered)
+    mesh = make_mesh(RUN.mesh)
+    planned = Planned("step", function, (), {}, 1.0, None, 1.0)
+    found = measure(planned, find_topology("v5p:2x2x2"), mesh)
+    assert found["unread"] == "INTERNAL: 1 operand but sees 3" and found["memory"]["peak"] == 9
+    assert roofline(found, find_topology("v5p:2x2x2")) is None
+    said = summary("c.py", find_topology("v5p:2x2x2"), {**found, "roofline": None})
+    assert said["only memory"] == found["unread"] and "collectives" not in said
 
 
 def test_windows_and_decoding_by_formula():
