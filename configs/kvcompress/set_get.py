@@ -2,8 +2,8 @@
 
     python train/recall.py configs/kvcompress/set_get.py --workdir runs/set_get
 
-Hardware: 2 CPU cores. Time: under 10 minutes. Metric: `eval/accuracy`, the share of held-out
-queries answered.
+Hardware: 2 CPU cores. Time: 4 minutes beside other work. Share of held-out queries answered
+(`eval/accuracy`): 0.95, one seed.
 """
 
 from jaxllm.kvcompress.recall import RecallRun, Stage

@@ -230,7 +230,8 @@ def _long(result: dict[str, Any]) -> list[str]:
         "Answers in the second half of a sequence. `every`: the prompt (first half) is compressed, "
         "and again whenever the ring is full: memory is constant. `prompt only`: what comes after "
         "the prompt is kept, as in the released code, and memory grows; its bytes are those at the "
-        "end.\n",
+        f"end. Models: {len(result['config']['long_seeds'])}; with one, intervals are over its "
+        "sequences alone. Controls are one draw.\n",
         "| b | method | mode | accuracy | set 1-16 tokens before | 17-48 | more | bytes | beta |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -253,7 +254,8 @@ def _times(result: dict[str, Any]) -> list[str]:
         "## Decode steps of the real caches\n",
         f"One sequence, a context of {config['timed_length']} tokens, b = "
         f"{config['timed_budget']}; microseconds of a step, compression included, median of "
-        "interleaved blocks on the machine above, float32. Ada-KV has no cache of static shape.\n",
+        "interleaved blocks on the machine above, float32. Ada-KV has no cache of static shape. "
+        "Where other work shares the cores, ratios say more than microseconds.\n",
         "| method | us a step | bytes held | bytes planned | rungs | compile (s) | traces |",
         "|---|---|---|---|---|---|---|",
     ]
