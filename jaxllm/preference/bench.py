@@ -38,7 +38,7 @@ from jaxllm.training.step import Metrics
 Tree = Any
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, weight_decay=0.0, clip_norm=1.0)
 ALGORITHM = DPO()
-TORCH = "torch eager, the step of TRL's DPOTrainer"
+TORCH = "torch eager, TRL's step with all logits"
 _CHECKED_UPDATES = 3
 
 

@@ -2,8 +2,9 @@
 
 It does what TRL's DPOTrainer does, without its data loading and logging: chosen and rejected
 completions of a batch are padded to the longest and go through policy and frozen reference in one
-forward pass each, all logits are formed, and the log-probs of the completions are summed. SDPA
-attention, `clip_grad_norm_` and the fused AdamW. Only the benchmark imports this file.
+forward pass each, and the log-probs of the completions are summed. All logits are formed, where TRL
+1.16 has an output layer that gives log-probs. SDPA attention, `clip_grad_norm_` and the fused
+AdamW. Only the benchmark imports this file.
 """
 
 from __future__ import annotations
