@@ -7,8 +7,8 @@ reviews; a lexicon scores them; the best and the worst of each prompt make a pai
 
 Hardware: 2 CPU cores. Time: 2 min 6 s, beside other work on the same cores. Mean valence of
 completions of prompts that are held out (`eval/score`, one seed): 0.64, where those of the training
-prompts, sampled before the first step, have 0.10. The price is the text: the log-prob of the chosen completions falls too
-(`rewards/chosen` -5.4), and sentences break apart.
+prompts, sampled before the first step, have 0.10. The price is the text: the log-prob of the chosen
+completions falls too (`rewards/chosen` -5.4), and sentences break apart.
 """
 
 from jaxllm.preference.config import LexiconFeedback, ModelConfig, OnPolicyData, PreferenceRun
