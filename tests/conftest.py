@@ -10,6 +10,8 @@ if "xla_force_host_platform_device_count" not in flags:
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Most programs here run a few times: LLVM's passes cost more than they save. XLA's own still run.
+jax.config.update("jax_disable_most_optimizations", True)
 
 import pytest  # noqa: E402
 
@@ -22,6 +24,6 @@ def tiny_demo(tmp_path_factory):
     from jaxllm.images.demo import run_demo
 
     folder = tmp_path_factory.mktemp("tiny") / "demo"
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         report = run_demo(tiny_runs.demo(), folder)
     return folder, report

@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import pytest
 
 from jaxllm.data.images import ImageDataConfig
 from jaxllm.decoding.code_stacks import SamplingConfig
@@ -19,6 +20,7 @@ from jaxllm.models.dnd import DnDConfig
 from jaxllm.models.image_classifier import ClassifierConfig
 from jaxllm.models.image_tokenizer import ImageTokenizerConfig
 from jaxllm.quantize import ResidualVQ
+from jaxllm.training import loop as training_loop
 from jaxllm.training.job import LoopConfig
 
 CODES, DEPTH, CLASSES = 8, 2, 3
@@ -34,6 +36,19 @@ def quick_compile():
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextlib.contextmanager
+def small_programs():
+    """As `quick_compile`, and trains on the first device: for whole runs of the smallest models."""
+    make_mesh = training_loop.make_mesh
+    with quick_compile(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            training_loop,
+            "make_mesh",
+            lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1]),
+        )
+        yield
 
 
 def loop(steps: int, **changes) -> LoopConfig:

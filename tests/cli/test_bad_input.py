@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 def complaint(capsys, folder: Path, arguments) -> str:
     """Runs a command that must fail; returns its only line."""
     before = contents(folder)
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         code = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     assert code == 2, (arguments, captured)

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_runs
 from PIL import Image
 
 from jaxllm.cli.main import main as jaxllm
@@ -41,7 +42,7 @@ def start(script, config, options, monkeypatch):
     monkeypatch.setattr(loop, "train", partial(train, devices=jax.devices()[:1]))
     config = str(ROOT / "configs" / "images" / f"{config}.py")
     monkeypatch.setattr(sys, "argv", [script, config, *shlex.split(options)])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, tiny_runs.quick_compile():
         runpy.run_path(str(ROOT / "train" / script), run_name="__main__")
     assert end.value.code == 0
 

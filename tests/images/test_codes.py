@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer():
     blueprint = tokenizer_blueprint(tiny_runs.tokenizer().model)
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         params, extra = jax.jit(blueprint.init)(jax.random.key(0))
     return blueprint, params, extra
 
@@ -54,7 +54,7 @@ def settings(root, **changes) -> ImageDataConfig:
 
 
 def extract(tokenizer, data, split, folder, crops):
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         return extract_codes(*tokenizer, data, split, folder, crops=crops, batch_size=BATCH)
 
 
@@ -75,7 +75,7 @@ def encoded(tokenizer, images: np.ndarray) -> np.ndarray:
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
         filled = np.concatenate([part, np.zeros((BATCH - len(part), *part.shape[1:]), part.dtype)])
-        with tiny_runs.quick_compile():
+        with tiny_runs.small_programs():
             parts.append(encode_images(*tokenizer, filled)[: len(part)])
     return np.concatenate(parts)
 

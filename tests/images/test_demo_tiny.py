@@ -101,7 +101,7 @@ def test_a_finished_demo_runs_again_quickly_to_the_same_numbers(tiny_demo, capsy
     folder, report = tiny_demo
     before = stamps(folder)
     start = time.process_time()
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         again = run_demo(tiny_runs.demo(), folder)
     assert time.process_time() - start < 60
     assert stamps(folder) == before

@@ -21,7 +21,7 @@ def test_every_structure_is_scored_on_the_same_codes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         evidence, "_patches", lambda split: {k: v[::20] for k, v in whole(split).items()}
     )
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         dnd_evidence(TINY, tmp_path)
     saved = json.loads((tmp_path / "dnd.json").read_text())
     names = ["flattened", "dnd", "vertical", "parallel", "rq-transformer"]

@@ -18,7 +18,7 @@ from jaxllm.images.sample import Decoder, Generator, tokenizer_run_of
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         yield
 
 

@@ -16,7 +16,7 @@ from jaxllm.images.words import pictures_and_texts, run_words
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         return folder, run_words(tiny_runs.words(), folder)
 
 

@@ -1,0 +1,79 @@
+"""Every notebook in colab/ runs from its first to its last cell, at the smallest size."""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import tiny_runs
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+
+def read(path):
+    book = json.loads(path.read_text())
+    return book, [(cell["cell_type"], "".join(cell["source"])) for cell in book["cells"]]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_form(path):
+    book, cells = read(path)
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in book["cells"]}) == len(cells)
+    address = f"https://colab.research.google.com/github/jaxllm/jaxllm/blob/main/colab/{path.name}"
+    assert cells[0][0] == "markdown" and cells[0][1].startswith("# ") and address in cells[0][1]
+    assert cells[1][0] == "code" and "pip" in cells[1][1] and "JAXLLM_TINY" in cells[1][1]
+    assert address in (ROOT / "README.md").read_text()
+    for cell in book["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == (
+            [],
+            None,
+        )
+    text = "\n".join(source for kind, source in cells if kind == "markdown")
+    for named in re.findall(r"`((?:tests|train|configs|docs)/[\w./]*)`", text):
+        assert (ROOT / named).exists(), named
+
+
+def run(name, folder, monkeypatch):
+    """Executes the code cells in one namespace, as a kernel would, and returns it."""
+    monkeypatch.setenv("JAXLLM_TINY", "1")
+    monkeypatch.chdir(folder)
+    space = {"__name__": "__main__"}
+    _, cells = read(ROOT / "colab" / f"{name}.ipynb")
+    with tiny_runs.quick_compile():
+        for number, (kind, source) in enumerate(cells):
+            if kind == "code":
+                exec(compile(source, f"{name}.ipynb cell {number}", "exec"), space)
+    plt.close("all")
+    return space
+
+
+def test_every_notebook_is_run():
+    source = Path(__file__).read_text()
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert f'run("{path.stem}"' in source, path.name
+
+
+def test_dnd(tmp_path, monkeypatch):
+    space = run("dnd", tmp_path, monkeypatch)
+    assert space["drawn"].shape == (20, 16, 2) and np.isfinite(space["images"]).all()
+    for name in ("reconstructions.png", "samples.png", "depths.png"):
+        assert (tmp_path / "runs/dnd" / name).stat().st_size > 1000
+
+
+def test_headkv(tmp_path, monkeypatch):
+    space = run("headkv", tmp_path, monkeypatch)
+    assert space["scores"].shape == (2, 8) and (space["scores"] > 0).any()
+    assert space["sizes"]["HeadKV"] < space["sizes"]["full"]
+    assert space["completion"].ids == space["written"]["full"].ids
+
+
+def test_preference(tmp_path, monkeypatch):
+    space = run("preference", tmp_path, monkeypatch)
+    target, learnt = space["target"], space["learnt"]
+    far = {name: np.abs(np.asarray(p) - target).sum(1).mean() for name, p in learnt.items()}
+    assert far["GDPO"] < 0.05 < far["DPO"]  # In total variation, doubled.
