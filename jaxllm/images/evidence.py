@@ -105,7 +105,8 @@ def reconstruction_by_depth(run: EvidenceRun, patches: Any) -> list[dict[str, An
     settings += [((size // 2) ** 2, 1, False), (size // 2, 2, False), (size**2, 1, False)]
     rows = []
     for size, depth, shared in settings:
-        quality = [_psnr(*_fit(size, depth, shared, seed, patches), patches) for seed in run.seeds]
+        quantizer, fitted = _fit(size, depth, shared, run.seeds, patches)
+        quality = [_psnr(quantizer, one, patches) for one in fitted]
         rows.append(
             {
                 "codebook_size": size,
@@ -118,11 +119,15 @@ def reconstruction_by_depth(run: EvidenceRun, patches: Any) -> list[dict[str, An
     return rows
 
 
-def _fit(size: int, depth: int, shared: bool, seed: int, patches: Any) -> tuple[ResidualVQ, Any]:
+def _fit(
+    size: int, depth: int, shared: bool, seeds: Sequence[int], patches: Any
+) -> tuple[ResidualVQ, list[Any]]:
+    """Returns the quantizer and its fitted arrays for every seed."""
     vectors = patches["train"]["patches"]
     quantizer = ResidualVQ(size, vectors.shape[-1], depth, shared)
     fit = jax.jit(lambda key, v: residual_kmeans_start(quantizer, key, v, 20))
-    return quantizer, fit(jax.random.key(seed), vectors.reshape(-1, vectors.shape[-1]))
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    return quantizer, [fit(jax.random.key(seed), flat) for seed in seeds]
 
 
 def _psnr(quantizer: ResidualVQ, fitted: Any, patches: Any) -> float:
@@ -163,7 +168,7 @@ def structures(run: EvidenceRun, depth: int) -> dict[str, CodeModelConfig]:
 
 def likelihoods(run: EvidenceRun, depth: int, patches: Any) -> list[dict[str, Any]]:
     """Test NLL in nats per image of every structure and seed on one set of codes."""
-    quantizer, fitted = _fit(run.codebook_size, depth, False, 0, patches)
+    quantizer, (fitted,) = _fit(run.codebook_size, depth, False, (0,), patches)
     codes = {}
     for split, part in patches.items():
         found = quantizer.quantize(
@@ -200,11 +205,12 @@ def _trial(
     )
     optimizer = make_optimizer(settings, run.steps)
     step = jax.jit(make_step(code_loss, blueprint.build, optimizer, settings), donate_argnums=0)
+    init = jax.jit(blueprint.init)
     scorer, sampler = CodeScorer(blueprint.build), CodeSampler(blueprint.build)
 
     def trial(seed: int) -> dict[str, Any]:
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
-        params, extra = blueprint.init(key)
+        params, extra = init(key)
         if extra:
             extra = {"codebook": codebook}
         # The step takes its state's arrays for good; `extra` is needed again for scoring.

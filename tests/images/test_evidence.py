@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import tiny_runs
@@ -19,8 +20,9 @@ TINY = EvidenceRun(
 def test_every_structure_is_scored_on_the_same_codes(tmp_path, monkeypatch):
     whole = evidence._patches
     monkeypatch.setattr(
-        evidence, "_patches", lambda split: {k: v[::20] for k, v in whole(split).items()}
+        evidence, "_patches", lambda split: {k: v[::40] for k, v in whole(split).items()}
     )
+    monkeypatch.setattr(evidence, "_speed", partial(evidence._speed, batch=4))
     with tiny_runs.small_programs():
         dnd_evidence(TINY, tmp_path)
     saved = json.loads((tmp_path / "dnd.json").read_text())
