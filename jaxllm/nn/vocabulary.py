@@ -102,9 +102,9 @@ def _in_chunks(
     if chunk >= tokens:
         log_probs, correct = one_chunk(flat, ids)
     else:
-        parts = _split(flat, chunk), _split(ids, chunk)
+        parts = split_chunks(flat, chunk), split_chunks(ids, chunk)
         mapped = jax.lax.map(lambda args: one_chunk(*args), parts)
-        log_probs, correct = (_joined(part, tokens) for part in mapped)
+        log_probs, correct = (join_chunks(part, tokens) for part in mapped)
     return log_probs.reshape(targets.shape), correct.reshape(targets.shape)
 
 
@@ -201,9 +201,9 @@ def _weighted_nll_fwd(
     if chunk >= tokens:
         by_kernel, found = one_chunk(zeros, (hidden, targets, weights))
     else:
-        parts = tuple(_split(x, chunk) for x in (hidden, targets, weights))
+        parts = tuple(split_chunks(x, chunk) for x in (hidden, targets, weights))
         by_kernel, mapped = jax.lax.scan(one_chunk, zeros, parts)
-        found = tuple(_joined(part, tokens) for part in mapped)
+        found = tuple(join_chunks(part, tokens) for part in mapped)
     log_probs, correct, by_hidden = found
     loss = -jnp.sum(weights * log_probs)
     return (loss, correct), (by_hidden, by_kernel.astype(kernel.dtype), log_probs)
@@ -237,7 +237,7 @@ def _scored(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return picked - lse, most_likely(logits) == ids, lse
 
 
-def _split(x: jax.Array, chunk: int) -> jax.Array:
+def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
     """Pads [M, ...] and cuts it into [chunks, chunk, ...].
 
     Every chunks-th token makes a chunk: each then spans all devices, where a run of neighbours
@@ -248,8 +248,8 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
     return padded.reshape(chunk, chunks, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _joined(parts: jax.Array, tokens: int) -> jax.Array:
-    """Undoes `_split`."""
+def join_chunks(parts: jax.Array, tokens: int) -> jax.Array:
+    """Undoes `split_chunks`."""
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[:tokens]
 
 

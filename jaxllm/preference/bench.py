@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import InputError
-from jaxllm.evals.timing import Phases, first_runs, machine, medians, seconds_of, take_turns
+from jaxllm.evals.timing import Phases, machine
 from jaxllm.models.bench_shapes import SHAPES
 from jaxllm.models.decoder import DecoderConfig, decoder
 from jaxllm.nn.vocabulary import token_log_probs, vocabulary_logits
@@ -29,17 +29,15 @@ from jaxllm.preference.policy import Policy
 from jaxllm.preference.records import Example
 from jaxllm.preference.rows import Layout, PreferenceRows, RowConfig
 from jaxllm.preference.step import PreferenceLoss, preference_step
-from jaxllm.training.bench import compare_losses
+from jaxllm.training.bench import CHECKED_UPDATES, Updates, larger, race
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.run_folder import versions
 from jaxllm.training.state import new_state
-from jaxllm.training.step import Metrics
 
 Tree = Any
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, weight_decay=0.0, clip_norm=1.0)
 ALGORITHM = DPO()
 TORCH = "torch eager, TRL's step with all logits"
-_CHECKED_UPDATES = 3
 
 
 def bench_preference(
@@ -70,27 +68,23 @@ def bench_preference(
     for batch in batches:
         pairs = random_pairs(batch, length, config.vocab_size)
         sides: dict[str, Any] = {
-            "jaxllm": OurStep(config, params, pairs),
-            "jaxllm, prompts once": OurStep(config, params, pairs, layout="shared_prompt"),
-            "jaxllm, reference computed beforehand": OurStep(
+            "jaxllm": our_step(config, params, pairs),
+            "jaxllm, prompts once": our_step(config, params, pairs, layout="shared_prompt"),
+            "jaxllm, reference computed beforehand": our_step(
                 config, params, pairs, precomputed=True
             ),
         }
         sides |= _torch_side(config, params, pairs, threads)
-        first = first_runs(sides)
-        for _ in range(_CHECKED_UPDATES - 1):
-            for step in sides.values():
-                step()
-        for name, error in compare_losses(sides).items():
-            errors[name] = max(error, errors.get(name, 0.0))
-        rows += _rows(batch, take_turns(sides, repeats), first)
+        found, differences = race(sides, repeats, "pairs", batch)
+        rows += [{"pairs": batch, **row} for row in found]
+        errors = larger(errors, differences)
     return {
         "dpo": rows,
         "log-probs and their gradient": log_prob_memory(config, memory_tokens),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "tokens of a prompt with its longest completion": length,
         "repeats": repeats,
-        f"largest difference of the first {_CHECKED_UPDATES} losses": errors,
+        f"largest difference of the first {CHECKED_UPDATES} losses": errors,
         "threads of torch": threads,
         **machine(),
         "versions": versions("torch", "transformers"),
@@ -158,76 +152,49 @@ def log_prob_memory(config: DecoderConfig, tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(
-    batch: int, found: dict[str, list[Phases]], first: dict[str, float]
-) -> list[dict[str, Any]]:
-    median = {side: medians(runs)["step"] for side, runs in found.items()}
-    return [
-        {
-            "pairs": batch,
-            "side": side,
-            "ms per step": 1e3 * median[side],
-            "fastest": 1e3 * min(run["step"] for run in runs),
-            "slowest": 1e3 * max(run["step"] for run in runs),
-            "pairs/s": batch / median[side],
-            "compile s": max(0.0, first[side] - median[side]),
-            "jaxllm is faster by": median[side] / median["jaxllm"],
-        }
-        for side, runs in found.items()
-    ]
+def our_step(
+    config: DecoderConfig,
+    params: Tree,
+    pairs: Sequence[Example],
+    *,
+    layout: Layout = "padded",
+    precomputed: bool = False,
+) -> Updates:
+    """Returns DPO steps through the functions that a training run uses.
 
-
-class OurStep:
-    """One DPO step after the other, through the functions that a training run uses."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        params: Tree,
-        pairs: Sequence[Example],
-        *,
-        layout: Layout = "padded",
-        precomputed: bool = False,
-    ):
-        made = rows_of(pairs, layout)
-        self.batch: dict[str, Any] = jax.device_put(made.batch(range(len(pairs))))
-        shape = SlotShape.of(made)
-        reference = PrecomputedReference() if precomputed else FrozenReference()
-        policy = Policy(
-            folder=Path(),
-            reference=reference,
-            blueprint=decoder(config, jnp.float32),
-            config=config,
-            other=None,
-            lora=None,
-            tokenizer=None,
-            eos=(),
-        )
-        extra: dict[str, Tree] = {}
-        if precomputed:
-            self.batch |= _reference_logps(policy, params, self.batch, shape)
-        else:
-            extra["reference"] = jax.tree.map(jnp.array, params)
-        optimizer = make_optimizer(OPTIMIZER, 1000)
-        trained = {"policy": jax.tree.map(jnp.array, params)}
-        self.state = new_state(trained, optimizer, ema=False, extra=extra)
-        loss_of = PreferenceLoss(ALGORITHM, policy, shape, "pairs")
-        step = preference_step(loss_of, policy, optimizer, OPTIMIZER)
-        self.step = jax.jit(step, donate_argnums=(0,))
-        self.losses: list[float] = []
-
-    def __call__(self) -> Phases:
-        """Updates once and returns the seconds it took."""
-        metrics: Metrics = {}
-
-        def run() -> None:
-            nonlocal metrics
-            self.state, metrics = self.step(self.state, self.batch, jax.random.key(0))
-            jax.block_until_ready(self.state)
-
-        seconds = seconds_of(run)
-        self.losses.append(float(metrics["loss"]))
-        return {"step": seconds}
+    Args:
+      config: The model.
+      params: Where policy and reference start.
+      pairs: The batch of every step.
+      layout: Of its rows.
+      precomputed: Compute the reference's log-probs once, before the first step.
+    """
+    made = rows_of(pairs, layout)
+    batch: dict[str, Any] = jax.device_put(made.batch(range(len(pairs))))
+    shape = SlotShape.of(made)
+    policy = Policy(
+        folder=Path(),
+        reference=PrecomputedReference() if precomputed else FrozenReference(),
+        blueprint=decoder(config, jnp.float32),
+        config=config,
+        other=None,
+        lora=None,
+        tokenizer=None,
+        eos=(),
+    )
+    extra: dict[str, Tree] = {}
+    if precomputed:
+        batch |= _reference_logps(policy, params, batch, shape)
+    else:
+        extra["reference"] = jax.tree.map(jnp.array, params)
+    optimizer = make_optimizer(OPTIMIZER, 1000)
+    trained = {"policy": jax.tree.map(jnp.array, params)}
+    loss_of = PreferenceLoss(ALGORITHM, policy, shape, "pairs")
+    return Updates(
+        preference_step(loss_of, policy, optimizer, OPTIMIZER),
+        new_state(trained, optimizer, ema=False, extra=extra),
+        batch,
+    )
 
 
 def rows_of(pairs: Sequence[Example], layout: Layout) -> PreferenceRows:

@@ -22,7 +22,7 @@ from flax import struct
 
 from jaxllm.errors import InputError
 from jaxllm.models.decoder import Decoder
-from jaxllm.nn.vocabulary import vocabulary_logits
+from jaxllm.nn.vocabulary import join_chunks, split_chunks, vocabulary_logits
 from jaxllm.preference.distributional import belief_log_probs
 from jaxllm.preference.rows import PreferenceRows
 from jaxllm.preference.statistics import (
@@ -227,17 +227,8 @@ def vocabulary_sums(
         return found
 
     count = shape[0] * shape[1]
-    chunk = min(CHUNK, count)
-    chunks = -(-count // chunk)
-    # Every chunks-th token makes a chunk, so that each spans all devices.
-    parts = [
-        jnp.pad(x.reshape(count, -1), ((0, chunks * chunk - count), (0, 0)))
-        .reshape(chunk, chunks, -1)
-        .swapaxes(0, 1)
-        for x in arrays
-    ]
-    mapped = jax.lax.map(one, parts)
-    flat = [part.swapaxes(0, 1).reshape(-1)[:count].reshape(shape) for part in mapped]
+    parts = [split_chunks(x.reshape(count, -1), min(CHUNK, count)) for x in arrays]
+    flat = [join_chunks(part, count).reshape(shape) for part in jax.lax.map(one, parts)]
     return flat[0], flat[1] if reference is not None else None
 
 

@@ -13,6 +13,7 @@ Letters: B rows, K candidates of a list, T completion tokens, M beliefs.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, TypeVar
 
@@ -162,14 +163,14 @@ class RunningMean:
         return RunningMean(self.mean + change, count)
 
 
-class _Rows:
+class _Rows(abc.ABC):
     """Which rows count, and the same statistics without what does not count."""
 
     valid: Given
 
+    @abc.abstractmethod
     def kept(self) -> jax.Array:
         """Bool [B]: rows that are valid and have no empty completion."""
-        raise NotImplementedError
 
     def clean(self: Rows) -> Rows:
         """Float32, zeros in rows that do not count, `valid` always an array."""

@@ -22,12 +22,12 @@ from jaxllm.models.decoder import Decoder, DecoderConfig, decoder
 from jaxllm.training.language_model import language_model_loss
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.run_folder import versions
-from jaxllm.training.state import new_state
-from jaxllm.training.step import Batch, LossFn, Metrics, make_step
+from jaxllm.training.state import TrainState, new_state
+from jaxllm.training.step import Batch, LossFn, Metrics, StepFn, make_step
 
 Tree = Any
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
-_CHECKED_UPDATES = 3
+CHECKED_UPDATES = 3
 _COMPILED = "torch compiled"
 _LARGEST_ERROR = 1e-3
 
@@ -60,31 +60,77 @@ def bench_train(
     for batch in batches:
         ids = np.random.default_rng(batch).integers(0, config.vocab_size, (batch, length + 1))
         sides: dict[str, Any] = {
-            "jaxllm": OurStep(config, params, ids, language_model_loss(packed=False)),
-            "jaxllm, all logits at once": OurStep(config, params, ids, _full_loss),
+            "jaxllm": our_step(config, params, ids, language_model_loss(packed=False)),
+            "jaxllm, all logits at once": our_step(config, params, ids, _full_loss),
         }
         sides |= _torch_sides(config, params, ids, threads, compiled_torch)
-        first = first_runs(sides, optional=(_COMPILED,))
-        for _ in range(_CHECKED_UPDATES - 1):
-            for step in sides.values():
-                step()
-        for name, error in compare_losses(sides).items():
-            errors[name] = max(error, errors.get(name, 0.0))
-        rows += _rows(batch, batch * length, take_turns(sides, repeats), first)
+        found, differences = race(sides, repeats, "tokens", batch * length, optional=(_COMPILED,))
+        rows += [{"batch": batch, **row} for row in found]
+        errors = larger(errors, differences)
     return {
         "training": rows,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "tokens per row": length,
         "repeats": repeats,
-        f"largest difference of the first {_CHECKED_UPDATES} losses": errors,
+        f"largest difference of the first {CHECKED_UPDATES} losses": errors,
         "threads of torch": threads,
         **machine(),
         "versions": versions("torch", "transformers"),
     }
 
 
+def race(
+    sides: dict[str, Any],
+    repeats: int,
+    unit: str,
+    amount: int,
+    optional: Sequence[str] = (),
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Compares the losses of the first updates of all sides, then times updates in turns.
+
+    Args:
+      sides: Name -> one update, which returns its seconds as `step` and appends to `losses`; one
+        of them is `jaxllm`. Optional sides that do not run are removed.
+      repeats: Timed updates of each side.
+      unit: What an update takes, for the name of its rate.
+      amount: How many of them.
+      optional: Sides that may fail to start.
+
+    Returns:
+      A row per side, and each other side's largest difference from the losses of `jaxllm`.
+
+    Raises:
+      InputError: Losses differ.
+    """
+    first = first_runs(sides, optional=optional)
+    for _ in range(CHECKED_UPDATES - 1):
+        for step in sides.values():
+            step()
+    errors = compare_losses(sides)
+    found = take_turns(sides, repeats)
+    median = {side: medians(runs)["step"] for side, runs in found.items()}
+    rows = [
+        {
+            "side": side,
+            "ms per step": 1e3 * median[side],
+            "fastest": 1e3 * min(run["step"] for run in runs),
+            "slowest": 1e3 * max(run["step"] for run in runs),
+            f"{unit}/s": amount / median[side],
+            "compile s": max(0.0, first[side] - median[side]),
+            "jaxllm is faster by": median[side] / median["jaxllm"],
+        }
+        for side, runs in found.items()
+    ]
+    return rows, errors
+
+
+def larger(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """Returns the larger value of every name."""
+    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in one | other}
+
+
 def compare_losses(sides: dict[str, Any]) -> dict[str, float]:
-    """Returns each other side's largest difference from the losses of `jaxllm`.
+    """Returns each other side's largest difference from the losses of `jaxllm`, in nats.
 
     Raises:
       InputError: One is more than float32 rounding explains, so that timing would mean nothing.
@@ -99,39 +145,11 @@ def compare_losses(sides: dict[str, Any]) -> dict[str, float]:
     return errors
 
 
-def _rows(
-    batch: int, tokens: int, found: dict[str, list[Phases]], first: dict[str, float]
-) -> list[dict[str, Any]]:
-    median = {side: medians(runs)["step"] for side, runs in found.items()}
-    return [
-        {
-            "batch": batch,
-            "side": side,
-            "ms per step": 1e3 * median[side],
-            "fastest": 1e3 * min(run["step"] for run in runs),
-            "slowest": 1e3 * max(run["step"] for run in runs),
-            "tokens/s": tokens / median[side],
-            "compile s": max(0.0, first[side] - median[side]),
-            "jaxllm is faster by": median[side] / median["jaxllm"],
-        }
-        for side, runs in found.items()
-    ]
+class Updates:
+    """One update after the other of a state on one batch; a side of `race`."""
 
-
-class OurStep:
-    """One training step after the other, through the functions that a training run uses."""
-
-    def __init__(self, config: DecoderConfig, params: Tree, ids: np.ndarray, loss_fn: LossFn):
-        optimizer = make_optimizer(OPTIMIZER, 1000)
-        blueprint = decoder(config, jnp.float32)
-        self.state = new_state(jax.tree.map(jnp.array, params), optimizer, ema=False)
-        step = make_step(loss_fn, blueprint.build, optimizer, OPTIMIZER)
-        self.step = jax.jit(step, donate_argnums=(0,))
-        self.batch: Batch = {
-            "tokens": jnp.asarray(ids[:, :-1], jnp.int32),
-            "targets": jnp.asarray(ids[:, 1:], jnp.int32),
-            "weights": jnp.ones((len(ids), ids.shape[1] - 1), jnp.float32),
-        }
+    def __init__(self, step: StepFn, state: TrainState, batch: Batch):
+        self.step, self.state, self.batch = jax.jit(step, donate_argnums=(0,)), state, batch
         self.losses: list[float] = []
 
     def __call__(self) -> Phases:
@@ -146,6 +164,19 @@ class OurStep:
         seconds = seconds_of(run)
         self.losses.append(float(metrics["loss"]))
         return {"step": seconds}
+
+
+def our_step(config: DecoderConfig, params: Tree, ids: np.ndarray, loss_fn: LossFn) -> Updates:
+    """Returns training steps through the functions that a training run uses."""
+    optimizer = make_optimizer(OPTIMIZER, 1000)
+    blueprint = decoder(config, jnp.float32)
+    state = new_state(jax.tree.map(jnp.array, params), optimizer, ema=False)
+    batch = {
+        "tokens": jnp.asarray(ids[:, :-1], jnp.int32),
+        "targets": jnp.asarray(ids[:, 1:], jnp.int32),
+        "weights": jnp.ones((len(ids), ids.shape[1] - 1), jnp.float32),
+    }
+    return Updates(make_step(loss_fn, blueprint.build, optimizer, OPTIMIZER), state, batch)
 
 
 def _full_loss(model: Decoder, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:

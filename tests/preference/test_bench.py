@@ -35,7 +35,7 @@ def test_the_steps_move_the_policy_away_from_ln_2():
     pairs = bench.random_pairs(2, 8, 40)
     with quick_compile():
         params, _ = bench.decoder(llama_shape(16, 1, 2, 24, 40)).init(bench.jax.random.key(0))
-        step = bench.OurStep(llama_shape(16, 1, 2, 24, 40), params, pairs)
+        step = bench.our_step(llama_shape(16, 1, 2, 24, 40), params, pairs)
         for _ in range(3):
             step()
     assert step.losses[0] == pytest.approx(math.log(2), abs=1e-6)
