@@ -92,6 +92,16 @@ def wait_for_all(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns the whole of an array, also where parts of it are on devices of other processes.
+
+    All processes must call it at the same place.
+    """
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 @contextlib.contextmanager
 def end_together() -> Iterator[None]:
     """Ends every process of a run, promptly and with one exit code, when one of them fails.
