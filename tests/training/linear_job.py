@@ -1,8 +1,8 @@
 """A job that trains in milliseconds yet uses everything a state can hold, and a script around it.
 
-    python linear_job.py DIR [DIR ...] --delay 0.05 [--host NUMBER --hosts 2 --port PORT]
+    python linear_job.py DIR [DIR ...] --delay 0.05
 
-trains it in one folder after the other, two devices a host; tests kill and resume such processes.
+trains it in one folder after the other on two devices; tests kill and resume such processes.
 """
 
 import argparse
@@ -74,7 +74,6 @@ def linear_job(
     identity="linear",
     optimizer=OptimizerConfig(learning_rate=0.05, ema_decay=0.9, weight_decay=0.01),  # noqa: B008
     spoil=None,
-    hosts=(0, 1),
     **job,
 ):
     """Data order, both noises, average, moments and extra state all reach the numbers."""
@@ -108,7 +107,7 @@ def linear_job(
         mesh=mesh,
         init=init,
         step=step,
-        batches=Batches(source or Numbers(), BATCH, loop.seed, jitter, hosts=hosts),
+        batches=Batches(source or Numbers(), BATCH, loop.seed, jitter),
         rules=RULES,
         identity=identity,
         evaluate=lambda state: {"norm": float(jnp.sum(state.best_params["w"] ** 2))},
@@ -120,19 +119,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--host", type=int, default=0)
-    parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
-    host, hosts = arguments.host, arguments.hosts
-    if hosts > 1:
-        jax.distributed.initialize(f"localhost:{arguments.port}", hosts, host)
     for folder in arguments.folders:
-        mesh = MeshConfig(data=-1, fsdp=hosts)
-        train(
-            linear_job(LOOP, mesh=mesh, source=Numbers(arguments.delay), hosts=(host, hosts)),
-            folder,
-        )
+        train(linear_job(LOOP, source=Numbers(arguments.delay)), folder)
 
 
 if __name__ == "__main__":
