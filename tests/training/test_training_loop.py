@@ -44,6 +44,7 @@ class Hooked:
 
     def __init__(self, batches, hook):
         self.batches, self.batch_size, self.hook = batches, batches.batch_size, hook
+        self.sizes = batches.sizes
 
     def iterate(self, start):
         for step, batch in enumerate(self.batches.iterate(start), start):
