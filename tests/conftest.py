@@ -10,6 +10,8 @@ if "xla_force_host_platform_device_count" not in flags:
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Most programs here run a few times: LLVM's passes cost more than they save. XLA's own still run.
+jax.config.update("jax_disable_most_optimizations", True)
 
 import pytest  # noqa: E402
 

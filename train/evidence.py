@@ -1,6 +1,7 @@
 """Re-examines a paper's central claim at CPU scale and writes docs/evidence/NAME.{md,json,png}.
 
 python train/evidence.py dnd [--seeds 0 1 2] [--steps 500] [--out docs/evidence]
+python train/evidence.py gdpo [--arms dpo_0.1 gdpo] [--steps 800] [--out docs/evidence]
 python train/evidence.py headkv [--retrain True] [--budgets 2 8] [--out docs/evidence]
 """
 
@@ -11,11 +12,13 @@ from jaxllm.errors import InputError, run_command
 from jaxllm.images.evidence import EvidenceRun, dnd_evidence
 from jaxllm.kvcompress.evidence import headkv_evidence
 from jaxllm.kvcompress.evidence_run import CacheEvidenceRun
+from jaxllm.preference.evidence import OpinionEvidenceRun, opinion_evidence
 from jaxllm.training.loop import use_compile_cache
 from jaxllm.training.run_folder import override
 
 EVIDENCE = {
     "dnd": (EvidenceRun, dnd_evidence),
+    "gdpo": (OpinionEvidenceRun, opinion_evidence),
     "headkv": (CacheEvidenceRun, headkv_evidence),
 }
 
@@ -34,8 +37,11 @@ def main() -> int:
         rest = rest[:place] + rest[place + 2 :]
     kind, run = EVIDENCE[name]
     use_compile_cache()
-    run(override(kind(), rest), out)
+    result = run(override(kind(), rest), out)
     print(f"wrote {out}/{name}.md")
+    if not result.get("passed", True):
+        print(f"FAIL: a criterion of {out}/{name}.md is not met", file=sys.stderr)
+        return 1
     return 0
 
 

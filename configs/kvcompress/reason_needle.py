@@ -3,8 +3,8 @@
     python train/recall.py configs/kvcompress/reason_needle.py --workdir runs/reason_needle
 
 Starts from the model of `needle.py`, which matches keys already, with queries of one key first.
-Hardware: 2 CPU cores. Time: under 10 minutes. Metric: `eval/accuracy`, the share of held-out
-queries answered.
+Hardware: 2 CPU cores. Time: 3 minutes beside other work. Share of held-out queries answered
+(`eval/accuracy`): 0.90 to 1.00, seeds 0 to 2.
 """
 
 from jaxllm.kvcompress.recall import RecallRun, Stage

@@ -3,7 +3,7 @@ r"""GPT-2 Large fine-tuned on prompts with completions, the step before preferen
     python train/lm.py configs/lm/gpt2_large_sft.py --data.file data/sft.jsonl \
         --workdir runs/gpt2_large_sft
 
-Hardware: planned for v5e:2x4 (8 chips), see docs/tpu.md, and not run here. Time: not measured.
+Hardware: meant for v5e:2x4 (8 chips), not run here. Time: not measured.
 Expected metric: none published for this data. `weights/gpt2-large` is the folder of Hugging Face.
 """
 

@@ -6,9 +6,9 @@ Before the first step the policy writes eight completions of each prompt, the fi
 reviews; a lexicon scores them; the best and the worst of each prompt make a pair.
 
 Hardware: 2 CPU cores. Time: 2 min 6 s, beside other work on the same cores. Mean valence of
-completions of prompts that are held out (`eval/score`, one seed): 0.64, where those sampled before
-the first step have 0.10. The price is the text: the log-prob of the chosen completions falls too
-(`rewards/chosen` -5.4), and sentences break apart.
+completions of prompts that are held out (`eval/score`, one seed): 0.64, where those of the training
+prompts, sampled before the first step, have 0.10. The price is the text: the log-prob of the chosen
+completions falls too (`rewards/chosen` -5.4), and sentences break apart.
 """
 
 from jaxllm.preference.config import LexiconFeedback, ModelConfig, OnPolicyData, PreferenceRun

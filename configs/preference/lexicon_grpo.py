@@ -4,9 +4,9 @@
 
 Hardware: 2 CPU cores. Time: 1 min 15 s, beside other work on the same cores, most of it sampling.
 Mean valence of completions of prompts that are held out (`eval/score`, one seed): 0.32, 0.38 and
-0.45 after 20, 40 and 60 steps; the first five steps see 0.11. `kl_coef` is what holds the text
-together: with 0.04 and a learning rate of 3e-4 the same 60 steps reached 2.42 by saying "loved"
-again and again, at 126 nats from the reference instead of 7.
+0.45 after 20, 40 and 60 steps; at step 5 the training prompts' score is 0.11. `kl_coef` is what
+holds the text together: with 0.04 and a learning rate of 3e-4 the same 60 steps reached 2.42 by
+saying "loved" again and again, at 126 nats from the reference instead of 7.
 """
 
 from jaxllm.preference.config import LexiconFeedback, ModelConfig, OnPolicyData, PreferenceRun

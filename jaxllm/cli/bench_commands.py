@@ -48,11 +48,18 @@ def _headkv(**options: Any) -> dict[str, Any]:
     return bench_headkv(**options)
 
 
+def _preference(**options: Any) -> dict[str, Any]:
+    from jaxllm.preference.bench import bench_preference
+
+    return bench_preference(**options)
+
+
 BENCHES = {
     "dnd": Bench(_dnd, (1, 4, 16)),
     "decode": Bench(_decode, (1, 8)),
     "train": Bench(_train, (8,)),
     "headkv": Bench(_headkv, (1, 4)),
+    "preference": Bench(_preference, (4,)),
 }
 
 

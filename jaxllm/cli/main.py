@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", required=True, metavar="FILE")
 
     bench = add("bench", "Time a system beside what one would use instead.", "bench")
-    bench.add_argument("name", choices=("dnd", "decode", "train", "headkv"))
+    bench.add_argument("name", choices=("dnd", "decode", "train", "headkv", "preference"))
     bench.add_argument("--repeats", type=int, default=7)
     bench.add_argument("--batch", type=int, nargs="+", help="default: the benchmark's")
     bench.add_argument("--threads", type=int, default=2, help="threads of the torch side")

@@ -118,9 +118,10 @@ def summary(config: str, topology: Topology, figures: dict[str, Any]) -> dict[st
     if held["fits"]:
         for name in ("temporaries", "outputs", "code"):
             rows.append({"part": name, "GiB per chip": held[name] / GIB})
-        result |= _times(topology, figures)
+        read = "unread" not in figures
+        result |= _times(topology, figures) if read else {"only memory": figures["unread"]}
     result["memory"] = rows
-    if held["fits"]:
+    if held["fits"] and read:
         result["collectives"] = [
             {
                 "kind": one["kind"],

@@ -36,7 +36,7 @@ def bench_decode(
     threads: int,
     shapes: Mapping[str, DecoderConfig] = SHAPES,
     prompt: int = 128,
-    new_tokens: int = 128,
+    new_tokens: int = 64,
     compiled_torch: bool = True,
 ) -> dict[str, Any]:
     """Returns seconds of prefill and tokens per second of decoding of each side, and the ratios.

@@ -83,7 +83,7 @@ def headkv_evidence(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
     if "causal" in run.parts:
         result["causal"] = []
     for name in run.tasks if {"compare", "causal"} & set(run.parts) else ():
-        models = [_model(run, name, seed) for seed in run.seeds]
+        models = [trained_model(run, name, seed) for seed in run.seeds]
         scores = [
             _scores(result, model, name, seed, run)
             for model, seed in zip(models, run.seeds, strict=True)
@@ -97,12 +97,12 @@ def headkv_evidence(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
             result["causal"] += causal_check(run, name, pairs)
             save()
     if "long" in run.parts:
-        models = [_model(run, "set_get", seed) for seed in run.long_seeds]
+        models = [trained_model(run, "set_get", seed) for seed in run.long_seeds]
         result["long"] = long_decode(run, TASKS["set_get"], models)
         save()
     if "times" in run.parts:
         name, seed = run.tasks[-1], run.seeds[0]
-        model = _model(run, name, seed)
+        model = trained_model(run, name, seed)
         result["times"] = step_times(run, model, _scores(result, model, name, seed, run))
     save()
     return result
@@ -144,7 +144,8 @@ def _scores(
     return found
 
 
-def _model(run: CacheEvidenceRun, name: str, seed: int) -> LanguageModel:
+def trained_model(run: CacheEvidenceRun, name: str, seed: int) -> LanguageModel:
+    """Returns the model of a task and seed, from `run.models` or trained now, in float32."""
     folder = Path(run.models) / f"{name}-{seed}"
     if run.retrain:
         workdir = Path("runs") / "headkv" / f"{name}-{seed}"

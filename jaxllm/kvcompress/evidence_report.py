@@ -75,8 +75,9 @@ def evidence_markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Evidence: HeadKV\n",
         f"Made by `make evidence NAME=headkv` in {result['seconds']:.0f} s on {result['device']}. "
-        f"Decoders of two and three layers (8 query heads, 4 KV heads of 16 dims) trained on "
-        f"synthetic recall tasks, seeds {', '.join(map(str, config['seeds']))}; "
+        f"Decoders of two layers (8 query heads, 4 KV heads of 16 dims, "
+        "[trained](headkv_models/README.md) on synthetic recall tasks), seeds "
+        f"{', '.join(map(str, config['seeds']))}; "
         f"{config['sequences']} test sequences a model, other than those that beta, the whole "
         f"heads of Duo and the head scores were chosen on ({config['validation']} for validation, "
         f"{config['examples']} for scores). Intervals: 95 % percentile bootstrap over models and "
@@ -85,6 +86,7 @@ def evidence_markdown(result: dict[str, Any]) -> str:
         "![overview](headkv.png)\n",
         f"`b` is the mean number of entries of a KV head besides the window of {config['window']} "
         "and the ring of new entries; all methods have the same sum of entries (Duo at most that). "
+        "A whole head of Duo takes the prompt's length, so that at small b all its heads stream. "
         "Bytes hold everything: keys, values, positions, ring, stored queries; float32, one "
         "sequence. Ada-KV's budgets depend on the input: its bytes are those it would have if "
         "packed. Answers are teacher-forced, which for 'all tokens right' equals greedy decoding. "
@@ -225,10 +227,11 @@ def _long(result: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "## Compression during long decoding (set_get)\n",
-        "Answers in the second half of 300 tokens. `every`: the prompt (first half) is compressed, "
+        "Answers in the second half of a sequence. `every`: the prompt (first half) is compressed, "
         "and again whenever the ring is full: memory is constant. `prompt only`: what comes after "
         "the prompt is kept, as in the released code, and memory grows; its bytes are those at the "
-        "end.\n",
+        f"end. Models: {len(result['config']['long_seeds'])}; with one, intervals are over its "
+        "sequences alone. Controls are one draw.\n",
         "| b | method | mode | accuracy | set 1-16 tokens before | 17-48 | more | bytes | beta |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -251,7 +254,8 @@ def _times(result: dict[str, Any]) -> list[str]:
         "## Decode steps of the real caches\n",
         f"One sequence, a context of {config['timed_length']} tokens, b = "
         f"{config['timed_budget']}; microseconds of a step, compression included, median of "
-        "interleaved blocks on the machine above, float32. Ada-KV has no cache of static shape.\n",
+        "interleaved blocks on the machine above, float32. Ada-KV has no cache of static shape. "
+        "Where other work shares the cores, ratios say more than microseconds.\n",
         "| method | us a step | bytes held | bytes planned | rungs | compile (s) | traces |",
         "|---|---|---|---|---|---|---|",
     ]

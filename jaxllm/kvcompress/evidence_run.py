@@ -16,7 +16,7 @@ from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask, SetGetTask
 TASKS: Mapping[str, Task] = {
     "needle": NeedleTask(keys=8),
     "reason_needle": ReasonNeedleTask(keys=8, values=8),
-    "set_get": SetGetTask(),
+    "set_get": SetGetTask(operations=60),
 }
 PARTS = ("compare", "causal", "long", "times")
 TEST, VALIDATION, HEADS = 2_000_003, 3_000_017, 4_000_037

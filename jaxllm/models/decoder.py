@@ -29,6 +29,7 @@ from jaxllm.errors import InputError
 from jaxllm.nn.attention import AttendFn, AttentionConfig, attend
 from jaxllm.nn.block import Block
 from jaxllm.nn.dropout import dropout
+from jaxllm.nn.lookup import look_up
 from jaxllm.nn.lora import Kernels, adapt_layer
 from jaxllm.nn.mlp import MlpConfig
 from jaxllm.nn.module import Blueprint
@@ -263,11 +264,9 @@ class Decoder(nnx.Module):
         )
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        # Each device looks up its slice of D for the rows of its fsdp group, then rows and slices
-        # change places: only activations cross the links, where the table or the activations of
-        # the whole batch otherwise would.
-        x = self.embed[...][constrain(tokens, "lookup_rows", None)]
-        x = constrain(x, "lookup_rows", None, "embed")
+        # With learned positions the sum is what is rounded.
+        rounded = None if self.config.learned_positions else self.dtype
+        x = look_up(self.embed[...], tokens, rounded)
         if self.config.scale_embeddings:
             # Rounded to the compute dtype first, as the released model was trained.
             x = x.astype(self.dtype) * jnp.asarray(self.config.dim**0.5, self.dtype)

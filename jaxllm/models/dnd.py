@@ -31,6 +31,7 @@ from jaxllm.errors import InputError
 from jaxllm.nn.attention import AttentionConfig, attend
 from jaxllm.nn.block import Block
 from jaxllm.nn.dropout import dropout
+from jaxllm.nn.lookup import look_up
 from jaxllm.nn.mlp import MlpConfig, swiglu_hidden
 from jaxllm.nn.norm import rms_norm
 from jaxllm.nn.rope import RotaryTable, grid_coordinates, rotary_table
@@ -203,7 +204,7 @@ class DnDTransformer(nnx.Module):
         """Returns the embeddings [..., D] of codes [...] at one depth, in the compute dtype."""
         tables = self.token_embed[...]
         table = tables[depth_index if self.config.per_depth_embedding else 0]
-        return table[codes].astype(self.dtype)
+        return look_up(table, codes, self.dtype)
 
     def embed_cell(self, codes: jax.Array) -> jax.Array:
         """Returns the sum over depth of the embeddings of `codes` [..., C], [..., D]."""

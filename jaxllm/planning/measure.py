@@ -20,7 +20,7 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
     """Returns the figures of a program as JSON values; call it with `mesh` in context.
 
     `memory.fits` is False, and there are no other figures, when the compiler found no way to hold
-    the program.
+    the program; `unread` says why there are no others when the compiled text cannot be read.
     """
     parts = {name: memory.per_chip(part) for name, part in planned.parts.items()}
     shape = [mesh.shape[axis] for axis in mesh.axis_names]
@@ -50,8 +50,14 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
         figures["memory"] = {"fits": False, "peak": needed, "limit": limit}
         return figures
     figures["seconds"] = {"trace": traced - start, "compile": time.perf_counter() - traced}
-    module = parse(compiled.as_text())
     figures["memory"] = {"fits": True, **memory.of_compiled(compiled).plain()}
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # A libtpu newer than jaxlib may write instructions that jaxlib cannot read back.
+        figures["unread"] = str(error).splitlines()[0]
+        return figures
+    module = parse(text)
     figures |= _of_text(module, topology, shape, planned)
     counted = compiled.cost_analysis() or {}
     figures["flops"]["compiler_says"] = counted.get("flops")

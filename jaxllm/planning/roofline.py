@@ -53,9 +53,9 @@ class Roofline:
 
 
 def roofline(figures: dict[str, Any], topology: Topology) -> Roofline | None:
-    """Returns the bounds of a measured program, None for devices whose rates are not known."""
+    """Returns the bounds of a measured program, None where rates or figures are not known."""
     chip = topology.chip
-    if chip is None or not figures["memory"]["fits"]:
+    if chip is None or not figures["memory"]["fits"] or "unread" in figures:
         return None
     executed = figures["flops"]["products"] + figures["flops"]["kernels"]
     links = sum(one["seconds"] for one in figures["collectives"])

@@ -2,11 +2,14 @@
 
 Every instruction that is not part of a fusion reads its operands and writes its results once. Of an
 operand that a fusion only slices the slice counts, of a result that a fusion updates in place the
-update; arrays in on-chip memory do not count. Caches are not modelled, so on a CPU this is an upper
+update; a buffer that passes through an instruction (that of a transfer under way, say) and arrays
+in on-chip memory do not count. Caches are not modelled, so on a CPU this is an upper
 bound.
 """
 
 from __future__ import annotations
+
+import re
 
 from jaxllm.planning.hlo import Instruction, Module
 
@@ -14,6 +17,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain",
 }  # fmt: skip
+_PASSED = re.compile(r"\{(\d*)\}: \((\d+), \{")
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -38,18 +42,46 @@ def memory_bytes(module: Module) -> float:
 
 
 def _moved(module: Module, line: Instruction, known: dict[str, Instruction]) -> float:
+    if line.opcode.endswith("-start"):
+        return _transferred(line, known)
     body = module.computations.get(next(iter(line.called()), ""), [])
     written = _written(line, body, known)
     if line.opcode in _SLICES:
         return 2 * written
     if line.opcode == "dynamic-update-slice":
         return 2 * _bytes(known.get(line.operands[1]))
+    passed = _passed(line)
+    written -= sum(
+        line.results[at].nbytes for at in passed if at < len(line.results)
+        and len(line.results) > 1 and not line.results[at].on_chip
+    )  # fmt: skip
     read = 0.0
     for number, name in enumerate(line.operands):
+        if number in passed.values() and len(line.results) > 1:
+            continue
         operand = known.get(name)
         part = _sliced(body, number) if line.opcode == "fusion" else None
         read += _bytes(operand) if part is None else min(part, _bytes(operand))
     return read + written
+
+
+def _transferred(line: Instruction, known: dict[str, Instruction]) -> float:
+    """Bytes of a transfer's start, whose results are what it reads, what it writes and flags.
+
+    Of what it reads only as much counts as it writes: a slice, mostly into on-chip memory.
+    """
+    place = 0 if line.opcode == "copy-start" else len(line.operands)
+    target = line.results[min(place, len(line.results) - 1)]
+    source = known.get(line.operands[0])
+    read = source is None or not source.results[0].on_chip
+    return target.nbytes * (int(read) + int(not target.on_chip))
+
+
+def _passed(line: Instruction) -> dict[int, int]:
+    """Returns result number -> operand number of the buffers that pass through."""
+    found = line.attribute(r"output_to_operand_aliasing=(\{(?:\{[^}]*\}: \([^)]*\),? ?)*\})")
+    pairs = _PASSED.findall(found or "")
+    return {int(result or 0): int(operand) for result, operand in pairs}
 
 
 def _bytes(line: Instruction | None) -> float:

@@ -32,7 +32,7 @@ def ask(module: str, request: dict[str, Any], topology: Topology) -> dict[str, A
       InputError: libtpu is missing, or the process refused the request.
       RuntimeError: It failed; with the end of what it printed.
     """
-    if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
+    if topology.chip is not None and not has_libtpu():
         raise InputError(
             f"topology {topology.name} needs libtpu, the TPU compiler: pip install 'jaxllm[tpu]'"
         )
@@ -51,6 +51,11 @@ def ask(module: str, request: dict[str, Any], topology: Topology) -> dict[str, A
     if "error" in answer:
         raise InputError(answer["error"])
     return answer
+
+
+def has_libtpu() -> bool:
+    """Returns whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
 
 
 def environment(topology: Topology) -> dict[str, str]:

@@ -328,7 +328,8 @@ def test_help_names_every_command(capsys):
     parser = build_parser()
     actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(actions[0].choices) == {
-        "generate", "sample", "logprobs", "eval", "convert", "heads", "plot", "bench", "data"
+        "generate", "sample", "logprobs", "eval", "convert", "heads", "plot", "plan", "bench",
+        "data",
     }  # fmt: skip
     for name, command in actions[0].choices.items():
         assert name in text and callable(getattr(commands, command.get_default("function")))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from tiny_runs import quick_compile
 from jaxllm.errors import InputError
 from jaxllm.evals.statistics import nested_interval
 from jaxllm.hub.hf_folder import save_decoder
-from jaxllm.kvcompress import evidence, evidence_checks
+from jaxllm.kvcompress import evidence, evidence_checks, evidence_run
 from jaxllm.kvcompress.compress import Eviction
 from jaxllm.kvcompress.evidence import CacheEvidenceRun, headkv_evidence
 from jaxllm.kvcompress.evidence_report import evidence_markdown
@@ -24,7 +26,9 @@ from jaxllm.kvcompress.tasks import ReasonNeedleTask, SetGetTask
 from jaxllm.models.decoder import DecoderConfig, decoder
 from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
+from jaxllm.training.run_folder import load_config
 
+ROOT = Path(__file__).parents[2]
 TASKS = {
     "reason_needle": ReasonNeedleTask(facts=2, queries=1, filler=4, keys=2, values=2, ranks=2),
     "set_get": SetGetTask(operations=17, keys=2, values=2),
@@ -113,6 +117,30 @@ def test_the_smallest_run_writes_its_page(tmp_path, monkeypatch):
     assert page == evidence_markdown(result)
     for part in ("compressed before any question", "long decoding", "Decode steps", "as bad"):
         assert part in page
+
+
+def test_retraining_takes_the_configs_and_the_needle_model_of_the_seed(tmp_path, monkeypatch):
+    seen = []
+
+    def trained(job, workdir):
+        seen.append((job.config, workdir))
+        return SimpleNamespace(state=None)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "load_config", lambda path: load_config(ROOT / path))
+    monkeypatch.setattr(evidence, "train", trained)
+    monkeypatch.setattr(evidence, "export_recall", lambda config, state, folder: None)
+    monkeypatch.setattr(evidence, "load_language_model", lambda folder, dtype: folder)
+    found = evidence.trained_model(CacheEvidenceRun(retrain=True), "needle", 2)
+    assert found == Path("runs/headkv/needle-2/model")
+    evidence.trained_model(CacheEvidenceRun(retrain=True), "reason_needle", 2)
+    evidence.trained_model(CacheEvidenceRun(retrain=True), "set_get", 2)
+    configs = [config for config, _ in seen]
+    assert [config.loop.seed for config in configs] == [2, 2, 2]
+    assert [config.init_from for config in configs] == [None, str(found), None]
+    # The experiment asks what the models were trained on; the weights of a loss are no part of it.
+    for config, task in zip(configs, evidence_run.TASKS.values(), strict=True):
+        assert vars(config.task) | {"filler_weight": 0} == vars(task) | {"filler_weight": 0}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -158,7 +158,7 @@ def test_a_rule_becomes_a_spec_on_the_axes_that_the_mesh_has():
         ("a/bias", (8,), r"no sharding rule matches parameter 'a/bias' \(8,\)"),
         ("a/w", (8, 8, 8), r"rule 'w\$' .* has another rank than 'a/w' \(8, 8, 8\)"),
         ("twice", (8, 8), r"rule 'twice\$' uses mesh axis 'tensor' twice for 'twice'"),
-        ("odd", (8, 8), r"rule 'odd\$' names 'rows', not one of batch, layers"),
+        ("odd", (8, 8), r"rule 'odd\$' names 'rows', not one of batch, "),
     ],
 )
 def test_ambiguous_rules_are_refused_on_every_mesh(path, shape, message):

@@ -110,5 +110,24 @@ def test_a_compiled_loop_is_counted_with_its_trips():
         find_collectives(module, find_topology("cpu:8"), (2, 2, 2)))}  # fmt: skip
     gathers = [one for (kind, _), one in found.items() if kind == "all-gather"]
     assert gathers and all(one.axes in ("fsdp", "tensor") for one in gathers)
-    assert sum(one.times for one in gathers) % layers == 0
+    assert sum(one.times for one in gathers) >= layers
     assert memory_bytes(module) > layers * dim * dim / 4 * 4
+
+
+def test_a_buffer_that_passes_through_is_not_moved():
+    module = parse("""HloModule m
+
+%f (x: f32[8], y: f32[64]) -> (f32[8], f32[64]) {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  ROOT %both = (f32[8]{0}, f32[64]{0}) tuple(%x, %y)
+}
+
+ENTRY %main (a: f32[8], b: f32[64]) -> (f32[8], f32[64]) {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[64]{0} parameter(1)
+  ROOT %go = (f32[8]{0}, f32[64]{0}) fusion(%a, %b), kind=kCustom, \\
+output_to_operand_aliasing={{1}: (1, {})}, calls=%f
+}
+""")
+    assert memory_bytes(module) == 2 * 8 * 4

@@ -93,14 +93,14 @@ def test_the_first_that_fits_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--topology", "v5e:4x5"], "near it: v5e:4x4"),
+        (["--topology", "v5e:4x5"], "near it: v5e:4x8, v5e:4x4"),
         (["--topology", "cpu:8", "--mesh.data", "4", "--mesh.fsdp", "4"], "does not fit 8 devices"),
         (["--topology", "cpu:8", "--model.layer", "4"], "layers"),
         (["--topology", "v5e:2x2"], "pip install 'jaxllm[tpu]'"),
     ],
 )
 def test_bad_input_is_one_line(config, arguments, said, capsys, monkeypatch):
-    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(worker, "has_libtpu", lambda: False)
     assert main(["plan", config, *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -94,7 +94,7 @@ def test_algorithms_say_what_examples_they_want(given, target):
         (run(DPO(), ONLINE, reference=PrecomputedReference()), "sampled at every step"),
         (run(DPO(), ONLINE, GivenFeedback()), "have no labels"),
         (run(DPO(), OfflineData("x", unpair=True)), "unpair makes labels"),
-        (run(RAFT()), "must be sampled"),
+        (run(RAFT()), "data must be on-policy"),
         (run(GRPO()), "data must be on-policy"),
         (run(GRPO(), ONCE), "data must be on-policy"),
         (run(GRPO(group_size=4), ONLINE), "group_size 4 differs from data.samples 8"),

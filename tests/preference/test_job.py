@@ -2,8 +2,12 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tiny_runs
 from tiny_preference import (
     WORDS,
     assert_equal_trees,
@@ -18,13 +22,20 @@ from jaxllm.data.text_tokenizers import byte_tokenizer
 from jaxllm.decoding.language_model import load_language_model
 from jaxllm.errors import InputError
 from jaxllm.nn.lora import LoraConfig
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.sharding import batch_sharding
 from jaxllm.preference.config import PrecomputedReference
 from jaxllm.preference.job import preference_job
+from jaxllm.preference.log_probs import SlotShape
 from jaxllm.preference.mixture import Part, WeightedSum
+from jaxllm.preference.offline import open_files, open_rows
 from jaxllm.preference.pairwise import IPO
 from jaxllm.preference.pairwise_anchored import AOT, BCOPair
 from jaxllm.preference.pointwise import KTO
+from jaxllm.preference.policy import open_policy
+from jaxllm.preference.step import PreferenceLoss, move_reference
 from jaxllm.preference.wrappers import TRDPO
+from jaxllm.training.state import new_state
 
 
 @pytest.fixture(scope="module")
@@ -87,33 +98,53 @@ def test_the_kl_of_kto_is_over_the_batch_on_all_devices(folder, tmp_path):
     assert_equal_trees(policy(many), policy(one), atol=2e-4)
 
 
-def test_losses_that_couple_rows_resume_and_spread_over_devices(folder, tmp_path):
-    """With what a state may carry: adapters, accumulation, a running mean."""
+def test_losses_that_couple_rows_are_the_same_on_eight_devices(folder, tmp_path):
+    run = run_of(folder, COUPLED, data={"batch_size": 16})
+    policy, config = open_policy(run), run.data.row_config()
+    rows = open_rows(run, policy, config, open_files(run, run.data, policy)[0])
+    loss = PreferenceLoss(COUPLED, policy, SlotShape.of(rows), "pairs")
+    params, extra = policy.init(jax.random.key(0))
+    extra["reference"] = jax.tree.map(lambda x: 0.9 * x, params["policy"])
+    extra["running"] = {"mean": jnp.float32(0.3), "count": jnp.float32(5)}
+    batch, mesh = rows.batch(range(len(WORDS))), make_mesh()
+    with tiny_runs.quick_compile():
+        one = jax.jit(loss)(params, extra, batch)
+        with jax.set_mesh(mesh):
+            spread = jax.jit(loss, in_shardings=(None, None, batch_sharding(mesh)))
+            many = spread(params, extra, batch)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, tmp_path_factory):
+    """A run with what a state may carry: adapters, accumulation, a running mean."""
     data = {"layout": "shared_prompt", "row_length": 40}
     run = run_of(folder, COUPLED, accumulate=2, lora=LoraConfig(2), data=data)
-    whole, rows = go(run, tmp_path / "whole")
+    workdir = tmp_path_factory.mktemp("adapted")
+    return run, workdir, *go(run, workdir)
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(adapted, tmp_path):
+    run, _, whole, rows = adapted
     assert int(whole.state.extra["running"]["count"]) == 2 * 2 * len(WORDS)
-    go(replace(run, loop=replace(run.loop, steps=1)), tmp_path / "parts")
-    found, other = go(run, tmp_path / "parts")
+    go(replace(run, loop=replace(run.loop, steps=1)), tmp_path)
+    found, other = go(run, tmp_path)
     assert_equal_trees(found.state, whole.state, rtol=0)
     assert [row["loss"] for row in other] == [row["loss"] for row in rows]
-    many, spread = go(run, tmp_path / "many", devices=4)
-    assert_equal_runs(rows, spread)
-    assert_equal_trees(policy(many), policy(whole), atol=2e-4)
 
 
-def test_adapters_alone_are_trained_and_export_merged(folder, tmp_path, capsys):
-    run = run_of(folder, lora=LoraConfig(2))
-    result, rows = go(run, tmp_path / "run")
-    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+def test_adapters_alone_are_trained_and_export_merged(adapted, folder, tmp_path):
+    _, workdir, result, rows = adapted
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     start = load_language_model(folder / "model").params
     assert_equal_trees(result.state.extra["base"], start)
     assert "reference" not in result.state.extra
-    merged = load_language_model(tmp_path / "run").params
+    merged = load_language_model(workdir).params
     assert np.abs(merged["layers"]["mlp"]["up"] - start["layers"]["mlp"]["up"]).max() > 1e-3
     np.testing.assert_array_equal(merged["embed"], start["embed"])
     target = tmp_path / "exported"
-    assert jaxllm(["convert", str(tmp_path / "run"), "--to", "hf", str(target)]) == 0
+    assert jaxllm(["convert", str(workdir), "--to", "hf", str(target)]) == 0
     assert_equal_trees(load_language_model(target).params, merged, atol=1e-6)
 
 
@@ -131,12 +162,14 @@ def test_a_precomputed_reference_is_cached_and_trains_alike(folder, tmp_path, dp
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
 
 
-def test_moving_references_follow_the_policy(folder, tmp_path):
-    start = load_language_model(folder / "model").params["embed"]
-    run = run_of(folder, TRDPO(alpha=0.25, every=2), steps=2)
-    result, _ = go(run, tmp_path / "run")
-    expected = 0.25 * policy(result)["embed"] + 0.75 * np.asarray(start)
-    np.testing.assert_allclose(result.state.extra["reference"]["embed"], expected, atol=1e-6)
+def test_moving_references_follow_the_policy(folder):
+    policy = open_policy(run_of(folder, TRDPO(alpha=0.25, every=2)))
+    assert policy.keeps_reference and policy.starts_equal
+    state = new_state({"policy": jnp.ones(3)}, optax.sgd(0.1), ema=False)
+    state = replace(state, extra={"reference": jnp.zeros(3)})
+    for step, expected in ((1, 0.0), (2, 0.25), (3, 0.25), (4, 0.25 + 0.75 * 0.25)):
+        state = move_reference(policy, replace(state, step=jnp.int32(step)))
+        np.testing.assert_allclose(state.extra["reference"], expected)
 
 
 def test_a_start_at_which_policy_and_reference_differ_is_refused(folder, tmp_path):

@@ -12,6 +12,7 @@ from jaxllm.errors import InputError
 from jaxllm.models.decoder import DecoderConfig, decoder
 from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
+from jaxllm.preference import log_probs
 from jaxllm.preference.log_probs import (
     SlotShape,
     check_needs,
@@ -159,6 +160,36 @@ def test_belief_strings_are_scored_after_the_prompt(params, padded):
         logps = dense(params[0], ids[:-1])[np.arange(len(ids) - 1), ids[1:]]
         own = logps[len(first.prompt_ids) - 1 :].sum()
         np.testing.assert_allclose(stats.beliefs.log_probs[0, number], own, atol=1e-4)
+
+
+def largest_with_vocabulary(jaxpr):
+    """The most elements of any array of a program that has an axis of V, parameters aside."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if V in shape and CONFIG.dim not in shape:
+                largest = max(largest, int(np.prod(shape)))
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                largest = max(largest, largest_with_vocabulary(inner))
+    return largest
+
+
+def test_logits_of_all_tokens_never_exist(params, monkeypatch):
+    """Neither forward nor backward, whatever is asked for."""
+    rows = PreferenceRows(examples(), LAYOUTS["padded"])
+    shape, batch = SlotShape.of(rows), rows.batch(range(4))
+    tokens = batch["tokens"].size
+
+    def largest():
+        gradient = jax.grad(lambda p: loss(p, params[1], batch, shape)[0])
+        return largest_with_vocabulary(jax.make_jaxpr(gradient)(params[0]).jaxpr)
+
+    assert largest() >= tokens * V  # All in one chunk: what the measure finds.
+    monkeypatch.setattr(log_probs, "CHUNK", 8)
+    assert 8 * V <= largest() < tokens * V / 4
 
 
 def test_branches_in_rows_longer_than_a_window_are_refused(params):
