@@ -20,21 +20,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.nn.linear import rows_times
 from jaxllm.parallel.sharding import AXES, constrain
 
 
 def vocabulary_logits(
-    hidden: jax.Array, kernel: jax.Array, soft_cap: float | None = None
+    hidden: jax.Array,
+    kernel: jax.Array,
+    soft_cap: float | None = None,
+    *,
+    outputs_first: bool = False,
 ) -> jax.Array:
     """Returns logits float32 [..., V] of `hidden` [..., D] and `kernel` [D, V].
 
     The product runs in the dtype of `hidden` and is accumulated and kept in float32: rounding
     logits to bfloat16 would move a log-probability by up to 0.03 at a logit of 8. With `soft_cap` c
-    they are c tanh(logits / c) (Gemma 2, arXiv:2408.00118).
+    they are c tanh(logits / c) (Gemma 2, arXiv:2408.00118). With `outputs_first` the kernel is
+    [V, D].
     """
-    logits = jnp.einsum(
-        "...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    kernel = kernel.astype(hidden.dtype)
+    if outputs_first:
+        flat = rows_times(hidden.reshape(-1, hidden.shape[-1]), kernel, jnp.float32)
+        logits = flat.reshape(*hidden.shape[:-1], -1)
+    else:
+        logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
