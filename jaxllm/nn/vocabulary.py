@@ -243,7 +243,15 @@ def _scored(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, ja
     """Returns log p(id), whether the id is the most likely one, and log sum exp; [t] each."""
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, _inside(ids, logits)[:, None], axis=-1)[:, 0]
-    return picked - lse, most_likely(logits) == ids, lse
+    return picked - lse, _leads(logits, ids, picked), lse
+
+
+def _leads(logits: jax.Array, ids: jax.Array, picked: jax.Array) -> jax.Array:
+    """Whether id t is the first of the largest of logits [t, V], in one pass over them."""
+    others = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    best = picked[:, None]
+    before = (logits > best) | ((logits == best) & (others < ids[:, None]))
+    return ~jnp.any(before, axis=-1) & (ids >= 0) & (ids < logits.shape[-1])
 
 
 def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
