@@ -151,6 +151,7 @@ def _times(topology: Topology, figures: dict[str, Any]) -> dict[str, Any]:
         },
         "GB moved per chip": figures["memory_bytes"] / 1e9,
     }
+    result["checks"] = figures["checks"]
     array, gather = figures["largest_array"], figures["largest_gather"]
     result["largest array"] = array["type"]
     result["largest array MiB"] = round(array["nbytes"] / 1024**2, 1)
