@@ -144,7 +144,9 @@ def open_rows(
     """
     need = needs(run.algorithm)
     config = part_of(config, run.optimizer.accumulate)
-    made = PreferenceRows(examples, config, mismatched="mismatched" in need)
+    made = PreferenceRows(
+        examples, config, mismatched="mismatched" in need, supervised="target" in need
+    )
     if isinstance(policy.reference, PrecomputedReference):
         columns, cached = reference_columns(policy, made, need)
         if not cached and jax.process_index() == 0:
