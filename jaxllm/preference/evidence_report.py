@@ -134,6 +134,7 @@ def _opinions(config: dict[str, Any], part: dict[str, Any]) -> list[str]:
     for gate in part["gates"]:
         gaps = ", ".join(f"{gap:.4f}" for gap in gate["by_seed"])
         lines.append(f"| {gate['criterion']} | {gaps} | {'pass' if gate['passed'] else 'FAIL'} |")
+    lines.append(_start_note(part))
     samples = config["samples"]
     lines += [
         "\n### Distance to the group\n",
@@ -153,6 +154,18 @@ def _opinions(config: dict[str, Any], part: dict[str, Any]) -> list[str]:
     if missing := [name for name in NAMES if name not in arms]:
         lines.append(f"\nNot run: {', '.join(NAMES[name] for name in missing)}.")
     return lines
+
+
+def _start_note(part: dict[str, Any]) -> str:
+    """What the criteria are worth, given where their arms begin."""
+    last, every = (_js(part["arms"][name]).mean() for name in ("sft_last", "sft_all"))
+    uniform = part["lines"]["uniform over the topic's options"]
+    return (
+        "\nThe start of the released code sees one accepted row of each prompt and is at "
+        f"{last:.3f}, where even guessing evenly among the options is at {uniform:.3f}, so from "
+        "there the criteria ask little of GDPO, and DPO has a majority of its own to keep. The "
+        f"arms from SFT on all rows, which is at {every:.3f}, ask more."
+    )
 
 
 def _reviews(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
