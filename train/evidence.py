@@ -1,7 +1,7 @@
 """Re-examines a paper's central claim at CPU scale and writes docs/evidence/NAME.{md,json,png}.
 
 python train/evidence.py dnd [--seeds 0 1 2] [--steps 500] [--out docs/evidence]
-python train/evidence.py gdpo [--arms dpo_0.1 gdpo] [--steps 800] [--out docs/evidence]
+python train/evidence.py gdpo [--arms dpo_0.1 gdpo] [--steps 200] [--out docs/evidence]
 python train/evidence.py headkv [--retrain True] [--budgets 2 8] [--out docs/evidence]
 python train/evidence.py preference [--algorithms dpo ipo] [--steps 32] [--out docs/evidence]
 """
