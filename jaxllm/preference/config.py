@@ -205,8 +205,10 @@ class OnPolicyData(Options):
     temperature: float = above(0, 1.0)
     top_k: int = at_least(0, 0)
     top_p: float = between(0, 1, 1.0)
-    updates: int = above(0, 1)
-    """Updates of the policy per sampling, with `refresh: step`."""
+    epochs: int = above(0, 1)
+    """Passes over the completions of a step, with `refresh: step`."""
+    minibatches: int = above(0, 1)
+    """Updates of a pass, each on another part of the completions; drawn anew in every pass."""
     layout: Literal["padded", "shared_prompt"] = "padded"
     batch_size: int = above(0, 8)
     """Prompts per step."""
@@ -214,6 +216,11 @@ class OnPolicyData(Options):
     """Tokens; the end of a longer prompt is kept."""
     validation_prompts: int = at_least(0, 0)
     """Prompts kept back for evaluation: the mean score of completions of the policy."""
+
+    @property
+    def updates(self) -> int:
+        """Updates of the policy per sampling."""
+        return self.epochs * self.minibatches
 
 
 DataConfig = OfflineData | OnPolicyData
@@ -420,11 +427,37 @@ def _check_sampling(run: PreferenceRun, target: Target) -> None:
         )
     if data.select == "rejection" and data.accepted > data.samples:
         raise InputError(f"data.accepted {data.accepted} is more than samples {data.samples}")
-    if data.updates > 1 and (data.refresh == "once" or target != "rollouts"):
-        raise InputError(f"data.updates {data.updates} is for policy gradients on fresh samples")
+    _check_updates(run.algorithm, data, target)
     group = getattr(run.algorithm, "group_size", None)
     if group is not None and group != data.samples:
         raise InputError(f"algorithm.group_size {group} differs from data.samples {data.samples}")
     least = 2 if target in ("pairs", "lists") else 1
     if data.samples < least:
         raise InputError(f"data.samples {data.samples}, expected at least {least} for {target}")
+
+
+def _check_updates(options: Any, data: OnPolicyData, target: Target) -> None:
+    """Several updates on one sampling need the ratio to the policy that sampled."""
+    if data.updates == 1:
+        return
+    given = f"data.epochs {data.epochs} and data.minibatches {data.minibatches}"
+    if data.refresh == "once" or target != "rollouts":
+        raise InputError(f"{given} are for policy gradients on fresh samples")
+    parts = [part.algorithm for part in getattr(options, "parts", ())] or [options]
+    for part in parts:
+        if getattr(part, "epsilon", None) is None:
+            name = algorithm_of(part).name
+            raise InputError(
+                f"{given}: algorithm {name} has no clipped ratio to the policy that sampled, so it "
+                "takes one update per sampling"
+            )
+    if data.minibatches > 1 and len(parts) > 1:
+        raise InputError(
+            f"data.minibatches {data.minibatches}: the parts of weighted_sum have advantages of "
+            "their own; expected one algorithm"
+        )
+    if data.batch_size * data.samples % data.minibatches:
+        raise InputError(
+            f"data.minibatches {data.minibatches} does not divide the "
+            f"{data.batch_size * data.samples} completions of a step"
+        )

@@ -122,13 +122,14 @@ def check_ids(examples: Iterable[Example], config: DecoderConfig) -> None:
     """
     stretched = config.rope is not None and config.rope.scaling != "none"
     for example in examples:
-        ids = max(max(part, default=0) for part in (example.prompt_ids, *example.completion_ids))
+        answers = (*example.completion_ids, example.target_ids or ())
+        ids = max(max(part, default=0) for part in (example.prompt_ids, *answers))
         if ids >= config.vocab_size:
             raise InputError(
                 f"{example.identity}: token id {ids} is outside the policy's vocabulary of "
                 f"{config.vocab_size}"
             )
-        length = len(example.prompt_ids) + max(map(len, example.completion_ids)) - 1
+        length = len(example.prompt_ids) + max(map(len, answers)) - 1
         if length > config.max_positions and not stretched:
             raise InputError(
                 f"{example.identity}: {length} tokens, the policy has {config.max_positions} "

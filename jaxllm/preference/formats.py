@@ -5,7 +5,9 @@ prompt or without, HH dialogues), `unpaired` (a label 0 or 1), `lists` (completi
 `gdpo` (the 15-column rows of arXiv:2412.20299), `pandalm` and `pandalm_soft` (three annotators),
 `llmbar`. Any text field may be replaced by token ids: `prompt_ids`, `chosen_ids`, ... A record may
 also state beliefs: `belief`, with which every completion begins, and `beliefs` with
-`probabilities`, the group's distribution.
+`probabilities`, the group's distribution. A pair with a prompt may have a `target`, the answer of
+supervised training that SLiC-HF keeps likely; an unpaired completion a `density_ratio`,
+p(desirable)/p(undesirable) of its prompt, by which BCO weights undesirable ones.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Record:
     scores: tuple[float, ...] | None = None
     margin: float | None = None
     belief: StatedBelief | None = None
+    target: Content | None = None
+    density_ratio: float | None = None
 
 
 def parse_preference(
@@ -74,6 +78,8 @@ def parse_preference(
     for content in record.completions:
         if not _filled(content):
             raise InputError("a response is empty")
+    if record.target is not None and not _filled(record.target):
+        raise InputError("`target` is empty")
     pair = len(record.completions) == 2 and record.scores is None
     if pair and record.completions[0] == record.completions[1]:
         raise InputError("chosen and rejected are equal")
@@ -112,14 +118,25 @@ def _pairs(row: Mapping[str, Any], _: BeliefPairs) -> Record:
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
     if type(chosen) is not type(rejected):
         raise InputError("`chosen` and `rejected` are of different forms, expected the same")
+    target: tuple[Content, ...] = ()
+    if "target" in row or "target_ids" in row:
+        target = (_content(row, "target"),)
+        if type(target[0]) is not type(chosen):
+            raise InputError("`target` and `chosen` are of different forms, expected the same")
     if "prompt" in row or "prompt_ids" in row:
-        prompt, completions = _explicit(_content(row, "prompt"), (chosen, rejected))
+        prompt, completions = _explicit(_content(row, "prompt"), (chosen, rejected, *target))
+        completions, target = completions[:2], completions[2:]
+    elif target:
+        raise InputError("`target` needs `prompt`, the text that it follows")
     else:
         if chosen == rejected:
             raise InputError("chosen and rejected are equal")
         prompt, completions = _implicit(chosen, rejected)
     margin = None if row.get("margin") is None else _number(row["margin"], "margin")
-    return Record(prompt, completions, margin=margin, belief=_stated(row, completions))
+    belief = _stated(row, completions)
+    return Record(
+        prompt, completions, margin=margin, belief=belief, target=next(iter(target), None)
+    )
 
 
 def _unpaired(row: Mapping[str, Any], _: BeliefPairs) -> Record:
@@ -127,7 +144,13 @@ def _unpaired(row: Mapping[str, Any], _: BeliefPairs) -> Record:
     label = _field(row, "label")
     if type(label) not in (bool, int) or label not in (0, 1):
         raise InputError(f"`label` is {label!r:.40}, expected true, false, 0 or 1")
-    return Record(prompt, completions, desirable=bool(label), belief=_stated(row, completions))
+    ratio = None
+    if row.get("density_ratio") is not None:
+        ratio = _number(row["density_ratio"], "density_ratio")
+        if ratio <= 0:
+            raise InputError(f"`density_ratio` is {ratio:g}, expected above 0")
+    belief = _stated(row, completions)
+    return Record(prompt, completions, desirable=bool(label), belief=belief, density_ratio=ratio)
 
 
 def _lists(row: Mapping[str, Any], _: BeliefPairs) -> Record:

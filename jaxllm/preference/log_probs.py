@@ -59,6 +59,8 @@ class SlotShape:
     """M, if beliefs are scored as completions of their own; they follow the completions."""
     mismatched: bool = False
     """Whether the last slot is a completion of another prompt."""
+    supervised: bool = False
+    """Whether a slot, the last but for that, is an answer of supervised training."""
     packed: bool = False
     """Whether rows hold several segments."""
 
@@ -72,6 +74,7 @@ class SlotShape:
             completion_length=rows.completion_length,
             belief_strings=rows.beliefs if rows.belief_strings else 0,
             mismatched=rows.mismatched,
+            supervised=rows.supervised,
             packed=rows.config.rows is not None,
         )
 
@@ -271,6 +274,7 @@ def statistics(
         return PairStats(
             chosen=first,
             rejected=slot(1),
+            target=slot(shape.slots - 1 - shape.mismatched) if shape.supervised else None,
             objective_margins=margins,
             beliefs=beliefs,
             running=running,
@@ -281,6 +285,7 @@ def statistics(
         desirable=batch.get("desirable"),
         rewards=batch["scores"][:, 0] if "scores" in batch else None,
         mismatched=slot(shape.slots - 1) if shape.mismatched else None,
+        density_ratio=batch.get("density_ratio"),
         beliefs=beliefs,
         running=running,
         valid=valid,
@@ -333,17 +338,14 @@ def check_needs(need: Need, shape: SlotShape, given: Collection[str]) -> None:
         "desirable": ("desirable", "a `label` of 0 or 1 in every record"),
         "rewards": ("scores", "feedback that scores the completions"),
         "objective_margins": ("margin", "a `margin` in every record"),
+        "density_ratio": ("density_ratio", "a `density_ratio` in every record"),
         "beliefs": ("belief_target", "a stated belief with its `probabilities` in every record"),
         "belief_span": ("belief_target", "a stated belief with its `probabilities`"),
     }
     for name, (array, source) in sources.items():
         if name in need and array not in given:
             raise InputError(f"the algorithm reads {name}, which needs {source}")
-    for name, reason in (
-        ("target", "supervised targets, which records do not hold"),
-        ("density_ratio", "density ratios, which records do not hold"),
-    ):
-        if name in need:
-            raise InputError(f"the algorithm reads {name}: {reason}")
+    if "target" in need and not shape.supervised:
+        raise InputError("the algorithm reads target, which needs a `target` in every record")
     if "mismatched" in need and not shape.mismatched:
         raise InputError("the algorithm reads mismatched completions, which these rows do not have")

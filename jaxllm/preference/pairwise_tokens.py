@@ -14,7 +14,14 @@ from jax.nn import log_sigmoid
 
 from jaxllm.preference.options import Options, above, at_least, between
 from jaxllm.preference.registry import register
-from jaxllm.preference.statistics import Loss, PairStats, Sequences, masked_mean, ratio_metrics
+from jaxllm.preference.statistics import (
+    Loss,
+    PairStats,
+    Sequences,
+    masked_mean,
+    pair_metrics,
+    ratio_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ def ld_dpo(stats: PairStats, config: LengthDesensitisedDPO) -> Loss:
 
     m = min(|w|, |l|): tokens beyond the shorter one's length count alpha. alpha 1 is DPO. The
     default discounts policy and reference, so that at policy = reference the margin is 0; "full"
-    leaves the reference as it is, as one library does. beta as in DPO. arXiv:2409.06411.
+    leaves the reference as it is, as one library does. beta as in DPO; rewards in the metrics
+    are those of the discounted log-ratios. arXiv:2409.06411.
     """
     shared = jnp.minimum(stats.chosen.lengths, stats.rejected.lengths)[:, None]
 
@@ -50,8 +58,8 @@ def ld_dpo(stats: PairStats, config: LengthDesensitisedDPO) -> Loss:
         ref_weights = weights if config.reference == "discounted" else 1.0
         return jnp.sum(weights * policy - ref_weights * ref, -1)
 
-    margin = log_ratio(stats.chosen) - log_ratio(stats.rejected)
-    return -log_sigmoid(config.beta * margin), ratio_metrics(stats, config.beta)
+    w, l = (config.beta * log_ratio(side) for side in (stats.chosen, stats.rejected))  # noqa: E741
+    return -log_sigmoid(w - l), pair_metrics(stats, w, l)
 
 
 @dataclass(frozen=True)

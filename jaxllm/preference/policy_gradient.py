@@ -224,8 +224,7 @@ def rloo(stats: RolloutStats, config: RLOO) -> Loss:
     """
     advantages = stats.advantages
     if advantages is None:
-        rewards = shaped_rewards(stats, config.kl_coef)
-        advantages = leave_one_out(rewards, stats.kept(), config.group_size)
+        advantages = rloo_advantages(stats, config)
     if config.epsilon is None:
         return _score_function(stats, advantages)
     ratio = jnp.sum(log_ratio_to_old(stats), -1)
@@ -233,6 +232,12 @@ def rloo(stats: RolloutStats, config: RLOO) -> Loss:
     objective, outside = clipped_objective(ratio, advantages, config.epsilon, config.epsilon)
     metrics = {"clip_fraction": masked_mean(outside, stats.kept())}
     return -objective, {**metrics, **reward_metrics(stats, advantages)}
+
+
+def rloo_advantages(stats: RolloutStats, config: RLOO) -> jax.Array:
+    """Shaped rewards minus the mean of the group's others [B]."""
+    rewards = shaped_rewards(stats, config.kl_coef)
+    return leave_one_out(rewards, stats.kept(), config.group_size)
 
 
 @dataclass(frozen=True)
@@ -279,10 +284,9 @@ def grpo(stats: RolloutStats, config: GRPO) -> Loss:
     group 8, epsilon 0.2, kl_coef 0, token mean. arXiv:2402.03300 (kl_coef 0.04, sequence mean);
     DAPO arXiv:2503.14476; Dr. GRPO arXiv:2503.20783; GSPO arXiv:2507.18071.
     """
-    keep, mask = stats.kept(), stats.mask
-    advantages = stats.advantages
+    advantages, mask = stats.advantages, stats.mask
     if advantages is None:
-        advantages = group_advantages(stats.rewards, keep, config.group_size, config.scale_rewards)
+        advantages = grpo_advantages(stats, config)
     advantages = jax.lax.stop_gradient(advantages)
     log_ratio = _importance(log_ratio_to_old(stats), stats, config.importance)
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
@@ -302,6 +306,11 @@ def grpo(stats: RolloutStats, config: GRPO) -> Loss:
         constant = config.max_length if config.loss_type == "dr_grpo" else None
         per_row = per_row / (own if constant is None else constant)
     return per_row, {**metrics, **reward_metrics(stats, advantages)}
+
+
+def grpo_advantages(stats: RolloutStats, config: GRPO) -> jax.Array:
+    """Rewards normalised in their groups [B]."""
+    return group_advantages(stats.rewards, stats.kept(), config.group_size, config.scale_rewards)
 
 
 def _importance(log_ratio: jax.Array, stats: RolloutStats, level: str) -> jax.Array:

@@ -1,5 +1,7 @@
 """Proximal policy optimisation with a critic: token rewards, GAE, both clipped losses.
 
+`batch_advantages` is for steps that train on parts of a batch, under any of the clipped losses.
+
 arXiv:1707.06347 as used for language models (arXiv:2203.02155): the reward of a token is
 -kl_coef times the KL estimate, plus the completion's reward at the last token.
 """
@@ -14,11 +16,15 @@ import jax.numpy as jnp
 
 from jaxllm.preference.options import Options, above, at_least, between
 from jaxllm.preference.policy_gradient import (
+    GRPO,
+    RLOO,
     clipped_objective,
+    grpo_advantages,
     k3,
     log_ratio_to_old,
     per_token_mean,
     reward_metrics,
+    rloo_advantages,
 )
 from jaxllm.preference.registry import register
 from jaxllm.preference.statistics import Loss, RolloutStats, masked_mean
@@ -126,3 +132,24 @@ def ppo_advantages(stats: RolloutStats, config: PPO) -> tuple[jax.Array, jax.Arr
         variance = masked_mean(jnp.square(advantages - mean), mask)
         advantages = jnp.where(mask, (advantages - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
     return jax.lax.stop_gradient((advantages, returns))
+
+
+def batch_advantages(stats: RolloutStats, options: PPO | GRPO | RLOO) -> dict[str, jax.Array]:
+    """The fields of `RolloutStats` that are normalised over a whole batch, for losses on its parts.
+
+    Args:
+      stats: The whole batch, with what the algorithm needs.
+      options: The algorithm.
+
+    Returns:
+      `advantages`, and of PPO `returns`; no gradient passes.
+    """
+    stats = stats.clean()
+    if isinstance(options, PPO):
+        advantages, returns = ppo_advantages(stats, options)
+        return {"advantages": advantages, "returns": returns}
+    if isinstance(options, GRPO):
+        advantages = grpo_advantages(stats, options)
+    else:
+        advantages = rloo_advantages(stats, options)
+    return {"advantages": jax.lax.stop_gradient(advantages)}

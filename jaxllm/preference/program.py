@@ -103,8 +103,14 @@ def rows_of(
 ) -> PreferenceRows:
     """Returns the rows of examples, a micro-batch at a time; see `PreferenceRows`."""
     config = part_of(config, run.optimizer.accumulate)
-    mismatched = "mismatched" in needs(run.algorithm)
-    return PreferenceRows(examples, config, mismatched=mismatched, columns=columns)
+    need = needs(run.algorithm)
+    return PreferenceRows(
+        examples,
+        config,
+        mismatched="mismatched" in need,
+        supervised="target" in need,
+        columns=columns,
+    )
 
 
 # -- plans ---------------------------------------------------------------------------------------
@@ -147,7 +153,8 @@ def _made_up(run: PreferenceRun, data: OfflineData, prompt: int) -> Example:
     if "beliefs" in need or "belief_span" in need:
         beliefs = _count(data.max_beliefs, "data.max_beliefs", "beliefs")
     # With a shared prompt all branches are in one row; elsewhere each completion has its own.
-    branches = completions + ("mismatched" in need) if data.layout == "shared_prompt" else 1
+    shared = completions + len({"mismatched", "target"} & set(need))
+    branches = shared if data.layout == "shared_prompt" else 1
     length = data.row_length // branches
     if data.max_completion is not None:
         length = min(length, data.max_completion)
@@ -164,6 +171,8 @@ def _made_up(run: PreferenceRun, data: OfflineData, prompt: int) -> Example:
         scores=(0.0,) * completions if scored else None,
         margin=0.0 if margin else None,
         belief=_belief(beliefs) if beliefs else None,
+        target_ids=(0,) * length if "target" in need else None,
+        density_ratio=1.0 if "density_ratio" in need else None,
         identity="planned",
     )
 

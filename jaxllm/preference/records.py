@@ -49,6 +49,10 @@ class Example:
     scores: tuple[float, ...] | None = None
     margin: float | None = None
     belief: Belief | None = None
+    target_ids: tuple[int, ...] | None = None
+    """The answer of supervised training that a pair may have besides."""
+    density_ratio: float | None = None
+    """p(desirable)/p(undesirable) of the prompt of a completion with a label."""
     identity: str = ""
     """Names it in messages: "file:row"."""
 
@@ -233,12 +237,13 @@ def shorten(example: Example, limits: Limits) -> Example:
             f"max_length {limits.max_length}"
         )
     completions = tuple(ids[:room] for ids in example.completion_ids)
+    target = None if example.target_ids is None else example.target_ids[:room]
     cut = completions != example.completion_ids
     if cut and example.belief is not None and min(map(len, completions)) <= example.belief.span[1]:
         raise InputError(f"truncation empties the response: {room} tokens hold only the belief")
     if cut and is_pair(example) and completions[0] == completions[1]:
         raise InputError(f"chosen and rejected are equal in their first {room} tokens")
-    return replace(example, prompt_ids=prompt, completion_ids=completions)
+    return replace(example, prompt_ids=prompt, completion_ids=completions, target_ids=target)
 
 
 def _check_counts(example: Example, limits: Limits) -> None:
@@ -322,16 +327,19 @@ class _Encoder:
     def encode(self, record: Record) -> Example:
         self.joined = False
         prompt, belief = record.prompt, None
+        contents = (
+            record.completions if record.target is None else (*record.completions, record.target)
+        )
         if isinstance(prompt, list):
-            ids, completions = self._messages(prompt, record.completions)
-        elif all(isinstance(content, str) for content in (prompt, *record.completions)):
-            ids, completions = self._texts(prompt, record.completions)  # type: ignore[arg-type]
+            ids, completions = self._messages(prompt, contents)
+        elif all(isinstance(content, str) for content in (prompt, *contents)):
+            ids, completions = self._texts(prompt, contents)  # type: ignore[arg-type]
             if record.belief is not None:
                 if not record.completions[0].startswith(record.belief.text):  # type: ignore[union-attr]
                     raise InputError(f"a response does not begin with {record.belief.text!r:.40}")
                 belief = self._belief(prompt, record.belief, ids, completions[0])  # type: ignore[arg-type]
         else:
-            ids, completions = self._mixed(prompt, record.completions)
+            ids, completions = self._mixed(prompt, contents)
         if self.joined and self._boundary == "refuse":
             raise InputError("prompt mismatch: its last token merges with the response's first")
         if not ids:
@@ -342,7 +350,17 @@ class _Encoder:
                 raise InputError("a response is empty")
             if eos is not None and tokens[-2:] == (eos, eos):
                 raise InputError("a response ends with two end marks (EOS), expected one")
-        example = Example(ids, completions, record.desirable, record.scores, record.margin, belief)
+        size = len(record.completions)
+        example = Example(
+            ids,
+            completions[:size],
+            record.desirable,
+            record.scores,
+            record.margin,
+            belief,
+            target_ids=next(iter(completions[size:]), None),
+            density_ratio=record.density_ratio,
+        )
         if is_pair(example) and completions[0] == completions[1]:
             raise InputError("chosen and rejected are equal as tokens")
         return example

@@ -113,6 +113,7 @@ def with_columns(rows: PreferenceRows, columns: Mapping[str, np.ndarray]) -> Pre
         rows.examples,
         rows.config,
         mismatched=rows.mismatched,
+        supervised=rows.supervised,
         columns={**rows.columns, **columns},
     )
 
@@ -128,6 +129,8 @@ def _key(rows: PreferenceRows, params: Tree, facts: Mapping[str, Any]) -> str:
         beliefs = () if example.belief is None else example.belief.ids
         ids = (example.prompt_ids, example.completion_ids, beliefs)
         digest.update(json.dumps(ids).encode())
+        if rows.supervised:
+            digest.update(json.dumps(example.target_ids).encode())
     for path, leaf in leaf_paths(params):
         digest.update(path.encode())
         digest.update(np.asarray(leaf).tobytes())

@@ -117,7 +117,7 @@ def on_policy_job(run: PreferenceRun, data: OnPolicyData, workdir: Path) -> Job:
     optimizer = make_optimizer(run.optimizer, run.loop.steps * data.updates)
     policy = parts.policy
     if parts.target == "rollouts":
-        loss = RolloutLoss(run.algorithm, policy, shape, data.updates)
+        loss = RolloutLoss(run.algorithm, policy, shape, data)
         step = rollout_step(loss, optimizer, run.optimizer)
     else:
         check_needs(need, shape, ("desirable", "scores", "margin"))

@@ -1,8 +1,9 @@
 """Examples as batches of token rows, in three layouts that score the same tokens.
 
 Every completion of every example is a slot p S + s of the batch: the C completions, then the belief
-strings where beliefs have several tokens, then KTO's mismatched completion. Position t of a row
-predicts `targets[t]`; `owner[t]` is the slot that the prediction belongs to.
+strings where beliefs have several tokens, then SLiC's supervised answer or KTO's mismatched
+completion. Position t of a row predicts `targets[t]`; `owner[t]` is the slot that the prediction
+belongs to.
 
     padded          a prompt with one completion per row; row p S + s holds slot p S + s
     packed          the same segments, several a row; what does not fit begins the next batch
@@ -82,6 +83,7 @@ class PreferenceRows:
       config: Layout and shapes.
       mismatched: Add to every example a completion of an example with another prompt, for KTO. The
         pairing is random, the same in every epoch and layout.
+      supervised: Score the `target_ids` of every example too.
       columns: Further arrays [n, ...], one entry per example, such as `ref_logps` [n, C] and
         `ref_token_logps` [n, C, L].
 
@@ -96,6 +98,7 @@ class PreferenceRows:
         config: RowConfig,
         *,
         mismatched: bool = False,
+        supervised: bool = False,
         columns: Mapping[str, np.ndarray] | None = None,
     ):
         if not len(examples):
@@ -112,10 +115,14 @@ class PreferenceRows:
         """M; 0 without beliefs."""
         self.belief_strings = summary.belief_strings
         """Whether beliefs are scored as completions, because some have several tokens."""
-        self.mismatched = mismatched
+        self.mismatched, self.supervised = mismatched, supervised
+        if supervised:
+            self.completion_length = max(summary.longest, *_supervised_lengths(self.examples))
         self._mates = _mates(self.examples) if mismatched else None
-        self.slots = self.completions + (self.beliefs if self.belief_strings else 0) + mismatched
-        """S: slots of an example: completions, belief strings, the mismatched completion."""
+        strings = self.beliefs if self.belief_strings else 0
+        self.slots = self.completions + strings + supervised + mismatched
+        """S: slots of an example: completions, belief strings, the supervised answer, the
+        mismatched completion."""
         shared = config.layout == "shared_prompt"
         self.rows = config.rows or config.batch_size * (1 if shared else self.slots)
         """R."""
@@ -140,7 +147,8 @@ class PreferenceRows:
           the prompt of example p is predicted, once per example, -1 elsewhere; with shared prompts
           `branch`, 0 in the prompt and s + 1 in slot s.
           [P]: `valid` bool; `example` int32, index of the example or -1; whatever the examples
-          have of `desirable` bool, `scores` float32 [P, C], `margin` float32, `belief_target`
+          have of `desirable` bool, `scores` float32 [P, C], `margin` and `density_ratio` float32,
+          `belief_target`
           float32 [P, M], `belief_mask` bool [P, M], `belief_span` int32 [P, 2] (tokens of a
           completion), and for one-token beliefs `belief_ids` int32 [P, M] with the place
           `belief_row`, `belief_position` that predicts them; the columns.
@@ -188,6 +196,8 @@ class PreferenceRows:
         slots = list(enumerate(example.completion_ids))
         if self.belief_strings and example.belief is not None:
             slots += [(self.completions + m, ids) for m, ids in enumerate(example.belief.ids)]
+        if self.supervised:
+            slots.append((self.slots - 1 - self.mismatched, example.target_ids or ()))
         if self._mates is not None:
             # A longer prompt than the mate's may leave less room.
             room = self.config.row_length - len(example.prompt_ids) + 1
@@ -261,8 +271,9 @@ class PreferenceRows:
         }
         if "desirable" in self._fields:
             batch["desirable"] = padded([e.desirable for e in chosen], bool, False)
-        if "margin" in self._fields:
-            batch["margin"] = padded([e.margin for e in chosen], np.float32)
+        for name in ("margin", "density_ratio"):
+            if name in self._fields:
+                batch[name] = padded([getattr(e, name) for e in chosen], np.float32)
         if "scores" in self._fields:
             rows = [_wide(e.scores or (), self.completions) for e in chosen]
             batch["scores"] = padded(rows, np.float32)
@@ -398,7 +409,7 @@ class _Summary:
 
 
 def _summary(examples: Sequence[Example]) -> _Summary:
-    names = ("desirable", "scores", "margin", "belief")
+    names = ("desirable", "scores", "margin", "belief", "density_ratio")
     found = _Summary({name for name in names if getattr(examples[0], name) is not None})
     for example in examples:
         here = {name for name in names if getattr(example, name) is not None}
@@ -414,6 +425,13 @@ def _summary(examples: Sequence[Example]) -> _Summary:
             found.beliefs = max(found.beliefs, len(example.belief.ids))
             found.belief_strings |= any(len(ids) != 1 for ids in example.belief.ids)
     return found
+
+
+def _supervised_lengths(examples: Sequence[Example]) -> list[int]:
+    for example in examples:
+        if not example.target_ids:
+            raise InputError(f"{example.identity}: the algorithm reads `target`, which is missing")
+    return [len(example.target_ids or ()) for example in examples]
 
 
 def _mates(examples: Sequence[Example]) -> np.ndarray:

@@ -28,7 +28,8 @@ from jaxllm.preference.mixture import Part, WeightedSum
 from jaxllm.preference.pairwise import DPO
 from jaxllm.preference.pairwise_tokens import TDPO1
 from jaxllm.preference.pointwise import KTO, RAFT, SFT
-from jaxllm.preference.policy_gradient import GRPO, RLOO
+from jaxllm.preference.policy_gradient import GRPO, RLOO, ReMax
+from jaxllm.preference.ppo import PPO
 from jaxllm.preference.reference_free import SimPO
 from jaxllm.preference.reward_model import BradleyTerry
 from jaxllm.preference.wrappers import TRDPO
@@ -99,7 +100,14 @@ def test_algorithms_say_what_examples_they_want(given, target):
         (run(GRPO(), ONCE), "data must be on-policy"),
         (run(GRPO(group_size=4), ONLINE), "group_size 4 differs from data.samples 8"),
         (run(GRPO(), OnPolicyData(select="best_of_n")), "expected plain"),
-        (run(DPO(), OnPolicyData(updates=2)), "data.updates 2"),
+        (run(DPO(), OnPolicyData(epochs=2)), "data.epochs 2 and data.minibatches 1 are for policy"),
+        (run(ReMax(), OnPolicyData(minibatches=2)), "remax has no clipped ratio"),
+        (run(RLOO(8, epsilon=None), OnPolicyData(epochs=2)), "rloo has no clipped ratio"),
+        (run(GRPO(), OnPolicyData(minibatches=3)), "3 does not divide the 64 completions"),
+        (
+            run(WeightedSum((Part(GRPO()), Part(PPO()))), OnPolicyData(minibatches=2)),
+            "advantages of their own",
+        ),
         (run(DPO(), OnPolicyData(samples=1)), "at least 2 for pairs"),
         (run(DPO(), OnPolicyData(select="rejection", accepted=9)), "accepted 9"),
         (run(GroupDistributionalPO(), ONLINE), "do not state"),

@@ -15,6 +15,7 @@ from tiny_preference import (
     policy,
     run_of,
     write_folder,
+    write_rows,
 )
 
 from jaxllm.cli.main import main as jaxllm
@@ -31,8 +32,9 @@ from jaxllm.preference.mixture import Part, WeightedSum
 from jaxllm.preference.offline import open_files, open_rows
 from jaxllm.preference.pairwise import IPO
 from jaxllm.preference.pairwise_anchored import AOT, BCOPair
-from jaxllm.preference.pointwise import KTO
+from jaxllm.preference.pointwise import BCO, KTO
 from jaxllm.preference.policy import open_policy
+from jaxllm.preference.reference_free import SLiC
 from jaxllm.preference.step import PreferenceLoss, move_reference
 from jaxllm.preference.wrappers import TRDPO
 from jaxllm.training.state import new_state
@@ -68,6 +70,44 @@ def test_dpo_starts_at_ln_2_and_learns_the_preference(dpo):
     }
     assert result.summary["metrics"]["eval/rewards/accuracies"] == 1
     assert result.summary["metrics"]["eval/examples"] == len(WORDS)
+
+
+def test_slic_reads_targets_and_bco_density_ratios_of_their_records(folder, tmp_path):
+    """The losses by hand from the log-probs of the first step, through the job's own batch."""
+    pairs = [
+        {"prompt": f"{word}:", "chosen": " good", "rejected": f" bad {n}", "target": " fine" * n}
+        for n, word in enumerate(WORDS, 1)
+    ]
+    labels = [
+        {"prompt": f"{word}:", "completion": " so", "label": n % 2, "density_ratio": n + 0.25}
+        for n, word in enumerate(WORDS)
+    ]
+    found = {}
+    for algorithm, rows in (
+        (SLiC(regulariser="target"), pairs),
+        (BCO(density_weights=True), labels),
+    ):
+        file = write_rows(tmp_path / "rows.jsonl", rows)
+        run = run_of(folder, algorithm, data={"file": file, "row_length": 48})
+        policy = open_policy(run)
+        opened = open_rows(run, policy, run.data.row_config(), open_files(run, run.data, policy)[0])
+        kind = "pairs" if rows is pairs else "labels"
+        loss = PreferenceLoss(algorithm, policy, SlotShape.of(opened), kind)
+        params = {"policy": load_language_model(folder / "model").params}
+        extra = {"reference": jax.tree.map(lambda x: 0.9 * x, params["policy"])}
+        with tiny_runs.quick_compile():
+            both = jax.jit(lambda *a, loss=loss: (loss.stats(*a), loss(*a)[0]))
+            found[kind] = both(params, extra, opened.batch(range(8)))
+    stats, loss = found["pairs"]
+    hinge = np.maximum(0, 1 - stats.chosen.logps + stats.rejected.logps)
+    assert loss == pytest.approx(float(np.mean(hinge - 0.1 * stats.target.logps)), rel=1e-5)
+    assert stats.target.lengths.tolist() == [5 * n + 1 for n in range(1, 9)]
+    stats, loss = found["labels"]
+    rewards = 0.1 * np.asarray(stats.completions.log_ratio)
+    good = np.arange(8) % 2 == 1
+    signed = np.where(good, 1, -1) * (rewards - rewards.mean())
+    weights = np.where(good, 1, np.clip(np.arange(8) + 0.25, 0.5, 10))
+    assert loss == pytest.approx(float(np.mean(weights * np.log1p(np.exp(-signed)))), rel=1e-5)
 
 
 def test_a_run_is_a_model_of_its_own(dpo, folder, tmp_path):

@@ -204,7 +204,8 @@ def test_branches_in_rows_longer_than_a_window_are_refused(params):
     [
         ("desirable", "`label` of 0 or 1"),
         ("beliefs", "`probabilities`"),
-        ("density_ratio", "which records do not hold"),
+        ("density_ratio", "a `density_ratio` in every record"),
+        ("target", "a `target` in every record"),
         ("mismatched", "do not have"),
     ],
 )

@@ -246,6 +246,11 @@ LIST = {"prompt": "p", "completions": ["a", "b"], "scores": [1, 2]}
         ({**LABELLED, "label": 2}, "`label` is 2, expected true, false, 0 or 1"),
         ({**LABELLED, "label": "yes"}, "`label` is 'yes', expected"),
         ({**LABELLED, "label": None}, "`label` is None, expected"),
+        ({**LABELLED, "density_ratio": 0}, "`density_ratio` is 0, expected above 0"),
+        ({**LABELLED, "density_ratio": "x"}, "`density_ratio` holds 'x', expected finite"),
+        ({**PAIR, "target": " "}, "`target` is empty"),
+        ({**PAIR, "target_ids": [1]}, "`target` and `chosen` are of different forms"),
+        ({"chosen": "a b", "rejected": "a c", "target": "d"}, "`target` needs `prompt`"),
         ({**LIST, "scores": [1]}, "`scores` must be a list of 2 numbers"),
         ({**LIST, "scores": [1, float("inf")]}, "`scores` holds inf"),
         ({**LIST, "completions": ["a"]}, "at least two completions"),
@@ -339,6 +344,24 @@ def test_turns_that_are_not_the_assistants(tmp_path):
 def test_an_empty_prompt_begins_with_bos_or_eos():
     (example,) = encode_records([Record("", ("a", "b"))], BYTES)
     assert example.prompt_ids == (BOS,) and example.completion_ids[0] == (*b"a", EOS)
+
+
+def test_supervised_answers_and_density_ratios(tmp_path):
+    (pair,) = read(tmp_path, {**PAIR, "target": "best"})
+    assert pair.target_ids == (*b"best", EOS) and len(pair.completion_ids) == 2
+    assert shorten(pair, Limits(max_completion=2)).target_ids == (*b"be",)
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "target_ids": [4, 5]}
+    assert read(tmp_path, ids, tokenizer=None)[0].target_ids == (4, 5)
+    ask, best = turn("user", "q"), turn("assistant", "best")
+    row = {
+        "prompt": [ask],
+        "chosen": [turn("assistant", "a")],
+        "rejected": [turn("assistant", "b")],
+    }
+    (chat,) = read(tmp_path, {**row, "target": [ask, best]}, template=CHAT)
+    assert chat.target_ids == (*b"best", EOS)
+    (label,) = read(tmp_path, {**LABELLED, "density_ratio": 3})
+    assert label.density_ratio == 3.0 and label.target_ids is None
 
 
 # -- limits --------------------------------------------------------------------------------------

@@ -15,12 +15,19 @@ from jaxllm.nn.lora import LoraConfig
 from jaxllm.preference.config import OnPolicyData, RuleFeedback, VerifierFeedback
 from jaxllm.preference.examples import open_feedback
 from jaxllm.preference.job import preference_job
+from jaxllm.preference.log_probs import SlotShape
 from jaxllm.preference.pairwise import DPO
 from jaxllm.preference.pointwise import KTO, RAFT
+from jaxllm.preference.policy import open_policy
 from jaxllm.preference.policy_gradient import GRPO, ReMax
 from jaxllm.preference.ppo import PPO
+from jaxllm.preference.records import Example
+from jaxllm.preference.rollout_step import RolloutLoss, part_of, rollout_step, rollout_updates
 from jaxllm.preference.rollouts import Sampled, sampled_examples
-from jaxllm.training.optimizer import OptimizerConfig
+from jaxllm.preference.rows import PreferenceRows, RowConfig
+from jaxllm.preference.step import init_of
+from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxllm.training.step import apply_gradients
 
 DATA = OnPolicyData(
     samples=4, max_prompt=8, max_new_tokens=6, batch_size=4, validation_prompts=2, threshold=0.5
@@ -116,16 +123,89 @@ def stepped(job, run):
         return state, batch, *run(job.step)(state, batch, jax.random.key(0))
 
 
-def test_ppo_trains_policy_and_critic_several_times_a_step(folder, tmp_path):
-    data = replace(DATA, updates=3, validation_prompts=0)
-    job = preference_job(online(folder, PPO(), data=data), tmp_path)
-    state, _, new, metrics = stepped(job, jax.jit)
-    assert int(new.step) == 1 and metrics["value_loss"] > 0
+def test_ppo_trains_policy_and_critic_in_minibatches_of_several_passes(folder, tmp_path):
+    """From the second part on the ratio is to the policy that sampled."""
+    data = replace(DATA, epochs=2, minibatches=2, validation_prompts=0)
+    run = online(folder, PPO(), data=data)
+    job, traces = preference_job(run, tmp_path), []
+    parts, shape = job.prepare._parts, job.prepare._shape
+    loss = RolloutLoss(run.algorithm, parts.policy, shape, data)
+    updates = rollout_updates(loss, make_optimizer(run.optimizer, 4), run.optimizer)
+
+    def step(*arguments):
+        traces.append(1)
+        return updates(*arguments)
+
+    run_step = jax.jit(step)
+    state, batch, new, several = stepped(job, lambda _: run_step)
+    with tiny_runs.quick_compile():
+        other = run_step(state, batch, jax.random.key(1))[1]
+        once, metrics = jax.eval_shape(job.step, state, batch, jax.random.key(0))
+    assert len(traces) == 1 and int(new.step) == 4 and (several["value_loss"] > 0).all()
+    change = np.array(several["ratio_change"])
+    assert change.shape == (4,) and change[0] < 1e-6 and (change[1:] > 1e-3).all()
+    assert several["clip_fraction"][0] == 0 and several["clip_fraction"].max() > 0
+    # Each pass sees every completion once, in an order of its own.
+    lengths = np.array(several["length"]).reshape(2, 2).sum(1)
+    assert lengths[0] == pytest.approx(lengths[1])
+    assert several["value_loss"][0] != other["value_loss"][0]
     assert np.abs(new.params["critic"]["head"]["kernel"]).max() > 0
     old, moved = (tree.params["policy"]["embed"] for tree in (state, new))
-    assert np.abs(moved - old).max() > 2 * 1e-2  # More than two updates of Adam at 1e-2.
-    assert metrics["clip_fraction"] > 0
+    assert np.abs(moved - old).max() > 3 * 1e-2  # More than three updates of Adam at 1e-2.
     assert_equal_trees(new.extra["reference"], state.extra["reference"])
+    # The job's step is these updates with their means.
+    assert metrics["ratio_change"].shape == () and once.step.shape == ()
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+def test_minibatches_keep_the_advantages_of_the_whole_batch(folder, layout):
+    """Losses that weigh completions alike: their mean over the parts is that of the whole batch."""
+    algorithm = GRPO(group_size=4, loss_type="grpo", kl_coef=0.1)
+    run = online(folder, algorithm)
+    policy, rng = open_policy(run), np.random.default_rng(0)
+    examples = [
+        Example(
+            (7, *[8] * (n // 4)), ((*rng.integers(0, 255, 1 + n % 3),),), scores=(rng.random(),)
+        )
+        for n in range(8)
+    ]
+    rows = PreferenceRows(examples, RowConfig(layout, 8, 12))
+    shape, batch = SlotShape.of(rows), rows.batch(range(8))
+    optimizer = make_optimizer(run.optimizer, 2)
+    whole, parts = (
+        RolloutLoss(algorithm, policy, shape, replace(DATA, minibatches=n)) for n in (1, 4)
+    )
+    one_pass = rollout_step(whole, optimizer, run.optimizer)
+
+    def losses(state, batch):
+        fixed = parts.fixed(state.params, state.extra, batch)
+        order = jax.random.permutation(jax.random.key(3), 8).reshape(4, 2)
+        some = jax.lax.map(
+            lambda rows: parts(
+                state.params,
+                state.extra,
+                part_of(batch, rows),
+                {name: value[rows] for name, value in fixed.items()},
+            )[0],
+            order,
+        )
+        gradient = jax.value_and_grad(whole, has_aux=True)
+        before = whole.fixed(state.params, state.extra, batch)
+        (loss, metrics), grads = gradient(state.params, state.extra, batch, before)
+        by_hand, _ = apply_gradients(
+            state, grads, {"loss": loss, **metrics}, batch, optimizer, None
+        )
+        return some, loss, by_hand, one_pass(state, batch, jax.random.key(0))[0]
+
+    with tiny_runs.quick_compile():
+        state = init_of(policy, optimizer, run.optimizer)(jax.random.key(0))
+        moved = replace(state, params=jax.tree.map(lambda x: 1.1 * x, state.params))
+        some, loss, by_hand, after = jax.jit(losses)(moved, batch)
+    assert np.std(some) > 1e-3  # The parts differ, and
+    assert np.mean(some) == pytest.approx(float(loss), abs=1e-6)
+    # one pass in one part is the plain update.
+    assert int(after.step) == 1
+    assert_equal_trees(after.params, by_hand.params, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("algorithm", [RAFT(group_size=4), ReMax(), KTO()])

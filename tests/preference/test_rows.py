@@ -1,6 +1,7 @@
 """Rows: three layouts score the same tokens in the same contexts; order, hosts, resuming."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,6 +241,33 @@ def test_beliefs_of_several_tokens_are_slots_of_their_own(name):
         assert found[i, 2, 0] == ((1 + i, 50), 901)
         assert found[i, 2, 1] == ((1 + i, 50, 901), 902)
         assert found[i, 3, 0] == ((1 + i, 50), 903) and (i, 3, 1) not in found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_supervised_answers_are_slots_where_they_are_read(name):
+    examples = [
+        Example(e.prompt_ids, e.completion_ids, target_ids=(900 + i, 990), identity=e.identity)
+        for i, e in enumerate(make(5))
+    ]
+    assert PreferenceRows(examples, CONFIGS[name]).slots == 2
+    config = replace(CONFIGS[name], rows=CONFIGS[name].rows and CONFIGS[name].rows + 1)
+    rows, found = PreferenceRows(examples, config, supervised=True), {}
+    assert rows.slots == 3
+    for batch in rows.in_order():
+        found |= scored(batch, 3)
+    third = {key: value for key, value in found.items() if key[1] == 2}
+    assert len(third) == 10
+    for i, example in enumerate(examples):
+        assert third[i, 2, 0] == (example.prompt_ids, 900 + i)
+        assert third[i, 2, 1] == ((*example.prompt_ids, 900 + i), 990)
+    with pytest.raises(InputError, match="x:0: the algorithm reads `target`, which is missing"):
+        PreferenceRows(make(5), config, supervised=True)
+
+
+def test_density_ratios_go_with_their_examples():
+    given = [Example((1, 2), ((3,),), desirable=False, density_ratio=float(n)) for n in (2, 5)]
+    batch = PreferenceRows(given, RowConfig("padded", 3, 4)).batch([1, 0])
+    assert batch["density_ratio"].tolist() == [5, 2, 0]
 
 
 def test_lists_may_be_of_different_lengths():
