@@ -15,6 +15,11 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 import pytest  # noqa: E402
 
+import jaxllm.nn.stack  # noqa: E402
+
+# A loop's body of one layer compiles quickest; `tests/nn/test_stack.py` compares it with several.
+jaxllm.nn.stack._UNROLLED_ON_CPU = 1
+
 
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ SCRIPTS = {
     "RQTransformerRun": "code_model.py",
     "ClassifierRun": "classifier.py",
     "LanguageModelRun": "lm.py",
+    "PreferenceRun": "preference.py",
 }
 
 
@@ -84,7 +86,9 @@ def knobs_of(config: Any, decode: dict[str, Any] | None) -> Knobs | None:
         accumulate = None
     remat = getattr(config.model, "remat", None)
     remat = remat if isinstance(remat, str) else None
-    return Knobs(config.data.batch_size, config.mesh, accumulate, remat)
+    # A packed step has rows besides its examples, and both are cut into equal parts.
+    batch = math.gcd(config.data.batch_size, getattr(config.data, "rows", None) or 0)
+    return Knobs(batch, config.mesh, accumulate, remat)
 
 
 def _advice(
@@ -151,6 +155,7 @@ def _times(topology: Topology, figures: dict[str, Any]) -> dict[str, Any]:
         },
         "GB moved per chip": figures["memory_bytes"] / 1e9,
     }
+    result["checks"] = figures["checks"]
     array, gather = figures["largest_array"], figures["largest_gather"]
     result["largest array"] = array["type"]
     result["largest array MiB"] = round(array["nbytes"] / 1024**2, 1)

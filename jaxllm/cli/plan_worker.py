@@ -20,11 +20,14 @@ from jaxllm.images.tokenizer import tokenizer_program
 from jaxllm.kvcompress.decode import plan_caches
 from jaxllm.kvcompress.spec import parse_plan
 from jaxllm.parallel.mesh import make_mesh
+from jaxllm.planning.checks import Expected
 from jaxllm.planning.flops import TRAINING, code_model_flops, decoder_flops
 from jaxllm.planning.measure import measure
 from jaxllm.planning.programs import Planned, decode_step, training_step
 from jaxllm.planning.topologies import find_topology
 from jaxllm.planning.worker import serve
+from jaxllm.preference.config import AdaptersOff, PreferenceRun
+from jaxllm.preference.program import planned_program
 from jaxllm.training.language_model import LanguageModelRun, language_model_program
 from jaxllm.training.run_folder import load_config, override
 
@@ -39,19 +42,57 @@ def training_program(config: Any, mesh: Mesh) -> Planned:
         tokens = config.data.batch_size * config.data.row_length
         flops = decoder_flops(config.model, tokens, config.data.row_length)
         program = language_model_program(config)
-        return training_step(program, mesh, model_flops=TRAINING * flops, tokens=tokens)
+        return training_step(
+            program,
+            mesh,
+            model_flops=TRAINING * flops,
+            tokens=tokens,
+            expected=_scores(config, config.model.vocab_size, config.model.dim, tokens, mesh),
+        )
     if isinstance(config, CodeModelRun):
         images = config.data.batch_size
         flops = code_model_flops(config.model, images)
         program, tokens = code_model_program(config), images * config.model.cells
-        return training_step(program, mesh, model_flops=TRAINING * flops, tokens=tokens)
+        return training_step(
+            program,
+            mesh,
+            model_flops=TRAINING * flops,
+            tokens=tokens,
+            expected=_scores(config, config.model.codebook_size, config.model.dim, tokens, mesh),
+        )
     if isinstance(config, RQTransformerRun):
         return training_step(code_model_program(config), mesh)
     if isinstance(config, TokenizerRun):
         return training_step(tokenizer_program(config), mesh)
     if isinstance(config, ClassifierRun):
         return training_step(classifier_program(config), mesh)
+    if isinstance(config, PreferenceRun):
+        return _preference_step(config, mesh)
     raise InputError(f"a {type(config).__name__} has no training step to plan")
+
+
+def _preference_step(config: PreferenceRun, mesh: Mesh) -> Planned:
+    """The step on records of a file; the formula has one forward pass more for a reference."""
+    program, policy = planned_program(config)
+    rows, length = program.batch["tokens"].shape
+    # Frozen kernels under adapters have no gradient: one product a weight backward.
+    passes = TRAINING if policy.lora is None else TRAINING - 1
+    flops = passes * decoder_flops(policy.config, rows * length, length)
+    if policy.keeps_reference or isinstance(policy.reference, AdaptersOff):
+        flops += decoder_flops(policy.reference_config, rows * length, length)
+    return training_step(
+        program,
+        mesh,
+        model_flops=flops,
+        tokens=rows * length,
+        expected=_scores(config, policy.config.vocab_size, policy.config.dim, rows * length, mesh),
+    )
+
+
+def _scores(config: Any, vocabulary: int, width: int, tokens: int, mesh: Mesh) -> Expected:
+    """What the step of a causal model over a vocabulary is checked against."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    return Expected(vocabulary, width, tokens // ways, mesh.shape["tensor"], kernel=True)
 
 
 def decode_program(config: Any, mesh: Mesh, options: dict[str, Any]) -> Planned:

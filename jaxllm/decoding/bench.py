@@ -3,7 +3,8 @@
 Two Llama-shaped models with random weights: 24M parameters (288 wide, 6 layers) and 134M (768
 wide, 12 layers). Each side runs a prompt (prefill) and then draws the most likely token again and
 again with a key/value cache. The logits of the prompt are compared before anything is timed; sides
-take turns and the medians of their phases are compared. Compiling is timed apart.
+take turns and the medians of their phases are compared. Compiling is timed apart. `plain jax` is a
+loop with no features; see `bench_plain.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.decoding.bench_plain import PlainSide
 from jaxllm.decoding.language_model import LanguageModel
 from jaxllm.decoding.text import TextSampler, TextSampling, row_keys
 from jaxllm.errors import InputError
@@ -64,7 +66,8 @@ def bench_decode(
         for batch in batches:
             ids = np.random.default_rng(batch).integers(0, config.vocab_size, (batch, prompt))
             ours = OurSide(sampler, params, ids, new_tokens)
-            sides: dict[str, Any] = {"jaxllm": ours}
+            plain = PlainSide(config, blueprint, params, ids, new_tokens)
+            sides: dict[str, Any] = {"jaxllm": ours, "plain jax": plain}
             if torch_model is not None:
                 sides |= _torch_sides(torch_model, ids, new_tokens, compiled_torch)
             first = first_runs(sides, optional=(_COMPILED,))
@@ -72,9 +75,11 @@ def bench_decode(
                 run()
             found = take_turns(sides, repeats)
             rows += _rows(name, batch, batch * new_tokens, found, first)
-            if torch_model is not None:
-                same = np.asarray(ours.tokens) == sides[_TORCH].tokens
-                agree[f"{name} batch {batch}"] = float(np.cumprod(same, axis=1).mean())
+            for other in ("plain jax", _TORCH):
+                if other in sides:
+                    same = np.asarray(ours.tokens) == np.asarray(sides[other].tokens)
+                    share = float(np.cumprod(same, axis=1).mean())
+                    agree[f"{name} batch {batch} {other}"] = share
         traces[name] = sampler.traces / len(set(batches))
     return {
         "decoding": rows,
@@ -83,7 +88,7 @@ def bench_decode(
         "repeats": repeats,
         "traces of the decode loop per batch size": traces,
         "largest logit difference to transformers": errors or None,
-        "share of tokens before the first that differs": agree or None,
+        "share of tokens before the first that differs from ours": agree,
         "threads of torch": threads,
         **machine(),
         "versions": versions("torch", "transformers"),

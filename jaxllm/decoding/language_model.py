@@ -169,13 +169,30 @@ def load_language_model(
     """
     folder = Path(path)
     config, blueprint, params = trained.read_model(folder, mesh=mesh, dtype=dtype)
+    tokenizer, eos = _text_side(folder, config)
+    return LanguageModel(str(folder), config, blueprint, params, tokenizer, eos)
+
+
+def describe_language_model(path: str | Path) -> LanguageModel:
+    """As `load_language_model`, without reading any parameters: `params` is None.
+
+    Computation is in the backend's compute dtype.
+    """
+    folder = Path(path)
+    config = trained.model_config(folder)
+    tokenizer, eos = _text_side(folder, config)
+    blueprint = decoder(config, compute_dtype("auto"))
+    return LanguageModel(str(folder), config, blueprint, None, tokenizer, eos)
+
+
+def _text_side(folder: Path, config: DecoderConfig) -> tuple[Tokenizer | None, tuple[int, ...]]:
+    """The tokenizer of a folder, and the ids that end a text."""
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         )
-    eos = _eos_of(folder, tokenizer)
-    return LanguageModel(str(folder), config, blueprint, params, tokenizer, eos)
+    return tokenizer, _eos_of(folder, tokenizer)
 
 
 def text_sampler(

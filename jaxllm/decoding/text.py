@@ -36,8 +36,8 @@ class TextModel(Protocol):
 
     config: Any
 
-    def unstack(self) -> Any:
-        """Returns the layers one by one; done once, outside the loop."""
+    def decoding_layers(self) -> Any:
+        """Returns `blocks`, the layers one by one, and `head`; made once, outside the loop."""
         ...
 
     def step(
@@ -46,7 +46,7 @@ class TextModel(Protocol):
         """Maps tokens [B, T] at positions [B, T] to hidden states [B, T, D], filling the caches."""
         ...
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, head: Any) -> jax.Array:
         """Maps hidden states [..., D] to float32 logits [..., V]."""
         ...
 
@@ -166,7 +166,7 @@ class TextSampler:
         self.traces = 0
         """Times the loop was traced, that is, compiled for another shape or option."""
         self._fresh = jax.jit(new_caches, static_argnums=(0, 1, 2))
-        self._unstacked = jax.jit(lambda params, extra: build(params, extra).unstack())
+        self._unstacked = jax.jit(lambda params, extra: build(params, extra).decoding_layers())
         self._prefill = jax.jit(
             self._run_prompt, static_argnames=("keep",), donate_argnames=("caches",)
         )
@@ -176,9 +176,9 @@ class TextSampler:
         )
 
     def layers(self, params: Tree, extra: Tree) -> Any:
-        """Returns the model's layers one by one, for `prefill`, `extend` and `decode`.
+        """Returns the model's layers as decoding wants them, for `prefill`, `extend`, `decode`.
 
-        They are copies of the stacked parameters. Without them each of those calls makes its own.
+        They are copies of the parameters. Without them each of those calls makes its own.
         """
         return self._unstacked(params, extra)
 
@@ -318,18 +318,18 @@ class TextSampler:
         self, model: TextModel, layers: Any, caches: Any, tokens: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Runs a prompt, whole or in chunks, and returns the last hidden state [B, D]."""
-        layers = model.unstack() if layers is None else layers
+        layers = model.decoding_layers() if layers is None else layers
         size = self.prefill_chunk
         length = tokens.shape[1]
         if size is None or length <= size:
-            hidden, caches = model.step(layers, caches, tokens, positions)
+            hidden, caches = model.step(layers.blocks, caches, tokens, positions)
             return hidden[:, -1], caches
 
         def parts(x: jax.Array) -> jax.Array:
             return x.reshape(x.shape[0], length // size, size).swapaxes(0, 1)
 
         def one(caches: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-            hidden, caches = model.step(layers, caches, *part)
+            hidden, caches = model.step(layers.blocks, caches, *part)
             return caches, hidden[:, -1]
 
         caches, hidden = jax.lax.scan(one, caches, (parts(tokens), parts(positions)))
@@ -372,7 +372,7 @@ class TextSampler:
     ) -> tuple[TextState, Drawn]:
         self.traces += 1  # Runs while tracing only.
         model = self.build(params, extra)
-        layers = model.unstack() if layers is None else layers
+        layers = model.decoding_layers() if layers is None else layers
         rows = jnp.arange(len(state.position))
         blocks = (cache.block for cache in state.caches)
         size = min([CHUNK, *(block for block in blocks if block is not None)])
@@ -400,7 +400,7 @@ class TextSampler:
             carry: tuple[jax.Array, TextState, Drawn],
         ) -> tuple[jax.Array, TextState, Drawn]:
             count, state, drawn = carry
-            logits = model.logits(constrain(state.hidden, "batch", None))
+            logits = model.logits(constrain(state.hidden, "batch", None), layers.head)
             adjusted = logits if state.seen is None else penalise(logits, state.seen, penalty)
             if self.known_ids is not None and self.known_ids < logits.shape[-1]:
                 known = jnp.arange(logits.shape[-1]) < self.known_ids
@@ -425,7 +425,7 @@ class TextSampler:
             # go on where it ended.
             position = jnp.where(state.done, -1, state.position)
             caches = unfold(state.caches)
-            hidden, caches = model.step(layers, caches, token[:, None], position[:, None])
+            hidden, caches = model.step(layers.blocks, caches, token[:, None], position[:, None])
             seen = None if state.seen is None else state.seen.at[rows, token].set(True)
             state = dataclasses.replace(
                 state,

@@ -352,7 +352,7 @@ class SelfAttention(nnx.Module):
             `causal=True`.
         """
         config = self.config
-        qkv = project(x, self.qkv[...])
+        qkv = project(x, self.qkv)
         if config.bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], config.heads, config.head_dim)
@@ -363,5 +363,5 @@ class SelfAttention(nnx.Module):
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if config.scale is not None:
             q = q * (config.scale * config.head_dim**0.5)
-        y = project(attention(q, k, v), self.out[...], inputs=2)
+        y = project(attention(q, k, v), self.out, inputs=2)
         return y + self.out_bias[...].astype(x.dtype) if config.out_bias else y

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.errors import InputError
+from jaxllm.nn.linear import Kernels, kernel_axes
 from jaxllm.parallel.sharding import Rules
 
 Tree = Any
 Module = TypeVar("Module")
-Kernels = Sequence[tuple[str, int, int]]
-"""(path regex, number of stack axes, number of input axes) of the kernels that can be adapted."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def init_adapters(key: jax.Array, params: Tree, config: LoraConfig, kernels: Ker
       InputError: A target that chooses no kernel.
     """
     flat = flatten_dict(params, sep="/")
-    chosen = {path: found for path in flat if (found := _kernel(path, kernels)) is not None}
+    chosen = {path: found for path in flat if (found := kernel_axes(path, kernels)) is not None}
     for target in config.targets:
         if not any(re.search(target, path) for path in chosen):
             raise InputError(
@@ -88,7 +87,7 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig, kernels: Kernels) ->
     """Returns `params` with the adapters added to their kernels, computed in float32."""
     flat, small = flatten_dict(params, sep="/"), flatten_dict(adapters, sep="/")
     for path in {name.rsplit("/", 1)[0] for name in small}:
-        found = _kernel(path, kernels)
+        found = kernel_axes(path, kernels)
         if found is None or path not in flat:
             raise InputError(f"an adapter of {path!r}, which the model does not have")
         change = _change(small[f"{path}/a"], small[f"{path}/b"], found[0])
@@ -122,18 +121,13 @@ def lora_rules(rules: Rules, kernels: Kernels, paths: Sequence[str]) -> Rules:
     """
     made: list[tuple[str, tuple[str | None, ...]]] = []
     for path in paths:
-        found = _kernel(path, kernels)
+        found = kernel_axes(path, kernels)
         names = next((axes for pattern, axes in rules if re.search(pattern, path)), None)
         if found is not None and names is not None:
             stack, cut = found[0], sum(found)
             made.append((rf"(^|/){re.escape(path)}/a$", (*names[:cut], None)))
             made.append((rf"(^|/){re.escape(path)}/b$", (*names[:stack], None, *names[cut:])))
     return made
-
-
-def _kernel(path: str, kernels: Kernels) -> tuple[int, int] | None:
-    """Stack and input axes of the kernel at `path`, None for what is no kernel."""
-    return next(((s, i) for pattern, s, i in kernels if re.search(pattern, path)), None)
 
 
 def _change(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:

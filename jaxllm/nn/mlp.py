@@ -64,7 +64,7 @@ class Mlp(nnx.Module):
         return self._linear("down", activate(self._linear("up", x)))
 
     def _linear(self, name: str, x: jax.Array) -> jax.Array:
-        y = project(x, getattr(self, name)[...])
+        y = project(x, getattr(self, name))
         return y + getattr(self, f"{name}_bias")[...].astype(x.dtype) if self.config.bias else y
 
 

@@ -12,8 +12,14 @@ from typing import Any, Literal, TypeVar
 import jax
 from flax import nnx
 
+from jaxllm.parallel.mesh import target_platform
+
 Layer = TypeVar("Layer")
 Remat = Literal["none", "dots", "full"]
+
+_UNROLLED_ON_CPU = 8
+"""Layers of a loop's body: what a layer keeps for the backward pass is then not copied into and out
+of stacked arrays, which takes a fifth of a small model's training step on 2 cores."""
 
 _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -66,4 +72,6 @@ def scan_layers(
     if remat != "none":
         # Inside a scan common-subexpression elimination cannot undo the rematerialisation.
         body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (stacked, per_layer))[0]
+        return jax.lax.scan(body, x, (stacked, per_layer))[0]
+    unroll = _UNROLLED_ON_CPU if target_platform() == "cpu" else 1
+    return jax.lax.scan(body, x, (stacked, per_layer), unroll=unroll)[0]

@@ -20,21 +20,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.nn.linear import rows_times
 from jaxllm.parallel.sharding import AXES, constrain
 
 
 def vocabulary_logits(
-    hidden: jax.Array, kernel: jax.Array, soft_cap: float | None = None
+    hidden: jax.Array,
+    kernel: jax.Array,
+    soft_cap: float | None = None,
+    *,
+    outputs_first: bool = False,
 ) -> jax.Array:
     """Returns logits float32 [..., V] of `hidden` [..., D] and `kernel` [D, V].
 
     The product runs in the dtype of `hidden` and is accumulated and kept in float32: rounding
     logits to bfloat16 would move a log-probability by up to 0.03 at a logit of 8. With `soft_cap` c
-    they are c tanh(logits / c) (Gemma 2, arXiv:2408.00118).
+    they are c tanh(logits / c) (Gemma 2, arXiv:2408.00118). With `outputs_first` the kernel is
+    [V, D].
     """
-    logits = jnp.einsum(
-        "...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    kernel = kernel.astype(hidden.dtype)
+    if outputs_first:
+        flat = rows_times(hidden.reshape(-1, hidden.shape[-1]), kernel, jnp.float32)
+        logits = flat.reshape(*hidden.shape[:-1], -1)
+    else:
+        logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
@@ -234,7 +243,15 @@ def _scored(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, ja
     """Returns log p(id), whether the id is the most likely one, and log sum exp; [t] each."""
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, _inside(ids, logits)[:, None], axis=-1)[:, 0]
-    return picked - lse, most_likely(logits) == ids, lse
+    return picked - lse, _leads(logits, ids, picked), lse
+
+
+def _leads(logits: jax.Array, ids: jax.Array, picked: jax.Array) -> jax.Array:
+    """Whether id t is the first of the largest of logits [t, V], in one pass over them."""
+    others = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    best = picked[:, None]
+    before = (logits > best) | ((logits == best) & (others < ids[:, None]))
+    return ~jnp.any(before, axis=-1) & (ids >= 0) & (ids < logits.shape[-1])
 
 
 def split_chunks(x: jax.Array, chunk: int) -> jax.Array:

@@ -90,6 +90,17 @@ class Module:
                 yield name, line, self.runs.get(name, 0.0)
 
 
+def made_arrays(module: Module) -> Iterator[Array]:
+    """Yields the arrays that a program itself makes, as one device holds them.
+
+    What only passes through, such as the parameters that a loop carries, does not count.
+    """
+    passed = ("parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "bitcast")
+    for _, line, times in module.instructions():
+        if times and line.opcode not in passed:
+            yield from line.results
+
+
 def parse(text: str) -> Module:
     """Returns the program of `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxllm.planning import flops, memory
+from jaxllm.planning import checks, flops, memory
 from jaxllm.planning.collectives import find_collectives, summed
-from jaxllm.planning.hlo import Array, Module, parse
+from jaxllm.planning.hlo import Array, Module, made_arrays, parse
 from jaxllm.planning.programs import Planned
 from jaxllm.planning.topologies import Topology
 from jaxllm.planning.traffic import memory_bytes
@@ -86,20 +86,18 @@ def _of_text(
         },
         "layer_bytes": planned.layer_bytes,
         "attention_kernels": sorted(kernels),
+        "checks": checks.verdicts(
+            module,
+            planned.expected,
+            gathered,
+            planned.layer_bytes,
+            sorted(kernels),
+            platform_has_kernel=topology.chip is not None,
+        ),
         "loops": sum(line.opcode == "while" for _, line, _ in module.instructions()),
     }
 
 
 def largest_array(module: Module) -> Array:
-    """Returns the largest array that the program itself makes, as one device holds it.
-
-    What only passes through, such as the parameters that a loop carries, does not count.
-    """
-    passed = ("parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "bitcast")
-    made = (
-        array
-        for _, line, times in module.instructions()
-        if times and line.opcode not in passed
-        for array in line.results
-    )
-    return max(made, key=lambda array: array.nbytes)
+    """Returns the largest array that the program itself makes, as one device holds it."""
+    return max(made_arrays(module), key=lambda array: array.nbytes)

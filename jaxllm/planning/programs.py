@@ -18,6 +18,7 @@ from jaxllm.errors import InputError
 from jaxllm.models.decoder import DECODER_RULES, DecoderConfig, decoder
 from jaxllm.nn.stack import take_layer
 from jaxllm.parallel.sharding import activation_spec, batch_sharding, leaf_paths, spec_for
+from jaxllm.planning.checks import Expected
 from jaxllm.planning.flops import decode_flops
 from jaxllm.training.job import Program
 from jaxllm.training.loop import abstract_state, jit_step
@@ -42,6 +43,7 @@ class Planned:
     """Tokens of one call, for rates; None where there are none."""
     layer_bytes: float
     """Bytes of the largest layer's parameters as a gathered layer needs them."""
+    expected: Expected = Expected()
 
 
 def training_step(
@@ -50,18 +52,26 @@ def training_step(
     *,
     model_flops: float | None = None,
     tokens: int | None = None,
+    expected: Expected = Expected(),  # noqa: B008
 ) -> Planned:
     """Returns the update step of a job; call it with `mesh` in context.
+
+    Args:
+      program: Of the job.
+      mesh: In context.
+      model_flops: See `Planned`.
+      tokens: See `Planned`.
+      expected: What the compiled program is checked against.
 
     Raises:
       InputError: The batch does not divide over the mesh.
     """
     state = abstract_state(program, mesh)
     rows = batch_sharding(mesh)
-    size = len_of(program.batch)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % ways:
-        raise InputError(f"batch size {size} does not divide over data x fsdp = {ways} devices")
+    for size in sorted({leaf.shape[0] for leaf in program.batch.values()}):
+        if size % ways:
+            raise InputError(f"batch size {size} does not divide over data x fsdp = {ways} devices")
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
         for name, leaf in program.batch.items()
@@ -71,7 +81,8 @@ def training_step(
         "parameters": state.params,
         "optimizer": state.opt_state,
         "average": state.ema,
-        "other state": (state.extra, state.step, state.first_bad),
+        **state.extra,  # A reference, codebooks, ...: each is a part of its own.
+        "other state": (state.step, state.first_bad),
         "batch": batch,
     }
     return Planned(
@@ -82,12 +93,8 @@ def training_step(
         model_flops,
         tokens,
         _layer_bytes(state.params),
+        expected,
     )
-
-
-def len_of(batch: dict[str, jax.ShapeDtypeStruct]) -> int:
-    """Returns the examples of an abstract batch."""
-    return next(iter(batch.values())).shape[0]
 
 
 def decode_step(

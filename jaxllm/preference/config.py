@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from jaxllm.data.images import bundled
 from jaxllm.errors import InputError
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.nn.lora import LoraConfig
 from jaxllm.nn.stack import Remat
 from jaxllm.parallel.mesh import MeshConfig
@@ -109,6 +110,9 @@ class ModelConfig:
     """What the backward pass may keep of a layer."""
     check_start: bool = True
     """Refuse a start at which policy and reference differ where they must be equal."""
+    architecture: DecoderConfig | None = None
+    """The policy's, from which a run is planned without its folder; training refuses a folder that
+    holds another. None takes what the folder holds."""
 
 
 def model_folder(name: str) -> str:
@@ -137,6 +141,10 @@ class OfflineData:
     max_prompt: int | None = None
     keep_prompt: Literal["end", "start"] = "end"
     max_completion: int | None = None
+    max_list: int | None = None
+    """Most completions of a record; a longer list is a bad record. Plans need it for lists."""
+    max_beliefs: int | None = None
+    """Most beliefs of a record; more are a bad record. Plans need it for GDPO."""
     skip_bad: bool = False
     """Leave bad records out, counted and listed, instead of stopping at the first."""
     layout: Layout = "padded"
@@ -151,7 +159,14 @@ class OfflineData:
     def record_config(self) -> RecordConfig:
         """Returns how the file is read."""
         longest = self.row_length + 1 if self.truncate else None
-        limits = Limits(self.max_prompt, self.keep_prompt, self.max_completion, longest)
+        limits = Limits(
+            self.max_prompt,
+            self.keep_prompt,
+            self.max_completion,
+            longest,
+            self.max_list,
+            self.max_beliefs,
+        )
         return RecordConfig(
             self.format, self.belief_pairs, self.boundary, limits, skip_bad=self.skip_bad
         )

@@ -9,49 +9,29 @@ would be those of two random models.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 
 from jaxllm.data.text_tokenizers import save_tokenizer
-from jaxllm.errors import InputError
 from jaxllm.preference.config import (
     JOB,
     OfflineData,
     PrecomputedReference,
     PreferenceRun,
-    Target,
     target_of,
 )
 from jaxllm.preference.examples import offline_examples, open_feedback
-from jaxllm.preference.log_probs import Kind, SlotShape, check_needs
 from jaxllm.preference.policy import Policy, open_policy
+from jaxllm.preference.program import loss_on, preference_program, rows_of
 from jaxllm.preference.records import Examples
 from jaxllm.preference.reference import reference_columns, with_columns
 from jaxllm.preference.registry import needs
 from jaxllm.preference.rows import PreferenceRows, RowConfig
-from jaxllm.preference.step import (
-    Evaluation,
-    MicroBatches,
-    PreferenceLoss,
-    check_start,
-    init_of,
-    preference_step,
-)
+from jaxllm.preference.step import Evaluation, MicroBatches, check_start
 from jaxllm.training.job import Job
-from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.run_folder import write_json
 from jaxllm.training.state import TrainState
-
-KINDS: dict[Target, Kind] = {
-    "pairs": "pairs",
-    "labels": "labels",
-    "rewards": "labels",
-    "completions": "labels",
-    "lists": "lists",
-}
-"""Target -> which statistics its examples become."""
 
 
 def offline_job(run: PreferenceRun, data: OfflineData, workdir: Path) -> Job:
@@ -91,28 +71,25 @@ def make_job(
     held_out: Examples | None,
 ) -> Job:
     """Returns the job that trains on given examples, `config` being the shapes of a step."""
-    parts = run.optimizer.accumulate
     rows = open_rows(run, policy, config, examples)
-    shape, need = SlotShape.of(rows), needs(run.algorithm)
-    check_needs(need, shape, rows.batch([0]).keys())
-    loss_of = PreferenceLoss(run.algorithm, policy, shape, KINDS[target_of(run)])
-    optimizer = make_optimizer(run.optimizer, run.loop.steps)
+    loss = loss_on(run, policy, rows)
+    program = preference_program(run, policy, rows, loss)
     batches = MicroBatches(
         rows,
         config.batch_size,
         run.loop.seed,
-        parts=parts,
+        parts=run.optimizer.accumulate,
     )
 
     evaluate = None
     if held_out is not None:
-        evaluate = Evaluation(loss_of, open_rows(run, policy, config, held_out))
+        evaluate = Evaluation(loss, open_rows(run, policy, config, held_out))
 
     check = None
     if run.model.check_start and policy.starts_equal:
 
         def check(state: TrainState) -> None:
-            check_start(policy, shape, state, next(rows.in_order()))
+            check_start(policy, loss.shape, state, next(rows.in_order()))
 
     keep_tokenizer(policy, workdir)  # Only now: a refused run leaves no folder.
     return Job(
@@ -120,13 +97,13 @@ def make_job(
         config=run,
         loop=run.loop,
         mesh=run.mesh,
-        init=init_of(policy, optimizer, run.optimizer, need),
+        init=program.init,
         load=policy.load(),
         load_extra=policy.load_extra(),
-        step=preference_step(loss_of, policy, optimizer, run.optimizer),
+        step=program.step,
         batches=batches,
-        rules=policy.rules,
-        extra_rules=policy.rules,
+        rules=program.rules,
+        extra_rules=program.extra_rules,
         unit="examples",
         evaluate=evaluate,
         check_start=check,
@@ -142,32 +119,13 @@ def open_rows(
     Raises:
       InputError: A step that does not divide into its micro-batches.
     """
-    need = needs(run.algorithm)
-    config = part_of(config, run.optimizer.accumulate)
-    made = PreferenceRows(
-        examples, config, mismatched="mismatched" in need, supervised="target" in need
-    )
+    made = rows_of(run, config, examples)
     if isinstance(policy.reference, PrecomputedReference):
-        columns, cached = reference_columns(policy, made, need)
+        columns, cached = reference_columns(policy, made, needs(run.algorithm))
         if not cached and jax.process_index() == 0:
             print(f"computed the reference's log-probs of {len(made)} examples")
         made = with_columns(made, columns)
     return made
-
-
-def part_of(config: RowConfig, parts: int) -> RowConfig:
-    """Returns the shapes of one of the equal parts of a step.
-
-    Raises:
-      InputError: A step that does not divide into them.
-    """
-    if config.batch_size % parts or (config.rows or 0) % parts:
-        raise InputError(
-            f"data.batch_size {config.batch_size} and data.rows {config.rows} must be multiples of "
-            f"optimizer.accumulate {parts}"
-        )
-    rows = None if config.rows is None else config.rows // parts
-    return replace(config, batch_size=config.batch_size // parts, rows=rows)
 
 
 def keep_tokenizer(policy: Policy, workdir: Path) -> None:

@@ -20,7 +20,11 @@ import jax
 from jax.sharding import Mesh
 
 from jaxllm.data.text_tokenizers import Tokenizer
-from jaxllm.decoding.language_model import LanguageModel, load_language_model
+from jaxllm.decoding.language_model import (
+    LanguageModel,
+    describe_language_model,
+    load_language_model,
+)
 from jaxllm.errors import InputError
 from jaxllm.models.decoder import DECODER_KERNELS, DECODER_RULES, Decoder, DecoderConfig, decoder
 from jaxllm.models.scalar_head import HEAD_RULES, new_head, token_values
@@ -41,6 +45,7 @@ from jaxllm.preference.config import (
 )
 from jaxllm.preference.log_probs import Batch, SlotShape, row_hidden
 from jaxllm.preference.registry import needs
+from jaxllm.training.language_model import check_same_model
 from jaxllm.training.run_folder import to_plain
 
 Tree = Any
@@ -77,6 +82,13 @@ class Policy:
     def keeps_reference(self) -> bool:
         """Whether `extra` holds a reference."""
         return isinstance(self.reference, FrozenReference | MovingReference)
+
+    @property
+    def reference_config(self) -> DecoderConfig:
+        """The architecture of the reference."""
+        if self.other is None:
+            return self.config
+        return self.other.build(self.other.abstract_params, {}).config  # type: ignore[attr-defined]
 
     @property
     def starts_equal(self) -> bool:
@@ -190,7 +202,8 @@ def open_policy(run: PreferenceRun) -> Policy:
     """Reads what policy and reference of a run are, but not their parameters.
 
     Raises:
-      InputError: A folder that holds no language model, or a reference of another vocabulary.
+      InputError: A folder that holds no language model or another than `model.architecture`, or a
+        reference of another vocabulary.
     """
     policy = policy_of(run.model, resolved_reference(run), run.precision)
     return replace(policy, critic="values" in needs(run.algorithm))
@@ -198,17 +211,37 @@ def open_policy(run: PreferenceRun) -> Policy:
 
 def policy_of(model: ModelConfig, reference: Reference, precision: Any) -> Policy:
     """As `open_policy`, of the parts."""
-    folder, dtype = Path(model_folder(model.policy)), compute_dtype(precision)
-    found = load_language_model(folder)
+    found = describe_language_model(model_folder(model.policy))
+    if model.architecture is not None:
+        check_same_model(f"model.policy {found.where}", found.config, model.architecture)
+    return _assembled(model, reference, precision, found)
+
+
+def planned_policy(run: PreferenceRun) -> Policy:
+    """As `open_policy`, without the policy's folder where the config says the architecture."""
+    model, reference = run.model, resolved_reference(run)
+    if model.architecture is None:
+        return open_policy(run)
+    folder = model_folder(model.policy)
+    blueprint = decoder(model.architecture, compute_dtype(run.precision))
+    found = LanguageModel(folder, model.architecture, blueprint, None, None, ())
+    policy = _assembled(model, reference, run.precision, found)
+    return replace(policy, critic="values" in needs(run.algorithm))
+
+
+def _assembled(
+    model: ModelConfig, reference: Reference, precision: Any, found: LanguageModel
+) -> Policy:
+    dtype = compute_dtype(precision)
     config = replace(found.config, remat=model.remat, dropout=0.0)
     other = None
     named = getattr(reference, "folder", None)
     if named is not None:
-        second = load_language_model(model_folder(named))
+        second = describe_language_model(model_folder(named))
         _same_vocabulary(found, second)
         other = decoder(replace(second.config, dropout=0.0), dtype)
     return Policy(
-        folder=folder,
+        folder=Path(found.where),
         reference=reference,
         blueprint=decoder(config, dtype),
         config=config,

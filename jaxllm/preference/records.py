@@ -68,12 +68,20 @@ class Limits:
     """The start of a longer completion is kept, without EOS."""
     max_length: int | None = None
     """Prompt and completion together; completions are cut to what the prompt leaves."""
+    max_list: int | None = None
+    """Most completions of a record."""
+    max_beliefs: int | None = None
+    """Most beliefs of a record."""
 
     def __post_init__(self) -> None:
         for name in ("max_prompt", "max_completion", "max_length"):
             value = getattr(self, name)
             if value is not None and value < (2 if name == "max_length" else 1):
                 raise InputError(f"{name} {value} is too small for a token")
+        for name in ("max_list", "max_beliefs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -212,8 +220,9 @@ def shorten(example: Example, limits: Limits) -> Example:
 
     Raises:
       InputError: A prompt that leaves no room for a response, a cut that leaves nothing after the
-        belief, or a pair that is equal after it.
+        belief, a pair that is equal after it, or more completions or beliefs than allowed.
     """
+    _check_counts(example, limits)
     prompt = example.prompt_ids
     if limits.max_prompt is not None and len(prompt) > limits.max_prompt:
         keep_end = limits.keep_prompt == "end"
@@ -235,6 +244,16 @@ def shorten(example: Example, limits: Limits) -> Example:
     if cut and is_pair(example) and completions[0] == completions[1]:
         raise InputError(f"chosen and rejected are equal in their first {room} tokens")
     return replace(example, prompt_ids=prompt, completion_ids=completions, target_ids=target)
+
+
+def _check_counts(example: Example, limits: Limits) -> None:
+    beliefs = 0 if example.belief is None else len(example.belief.ids)
+    for what, found, most in (
+        ("completions", len(example.completion_ids), limits.max_list),
+        ("beliefs", beliefs, limits.max_beliefs),
+    ):
+        if most is not None and found > most:
+            raise InputError(f"{found} {what}, the config allows {most}")
 
 
 def is_pair(example: Example) -> bool:

@@ -18,8 +18,9 @@ from jaxllm.errors import InputError
 from jaxllm.models.scalar_head import token_values
 from jaxllm.preference.examples import offline_examples, open_feedback
 from jaxllm.preference.log_probs import SlotShape, row_hidden, slot_lengths, slot_sums
-from jaxllm.preference.offline import keep_tokenizer, part_of
+from jaxllm.preference.offline import keep_tokenizer
 from jaxllm.preference.policy import Policy
+from jaxllm.preference.program import part_of
 from jaxllm.preference.records import Examples
 from jaxllm.preference.registry import preference_loss
 from jaxllm.preference.reward_scorer import JOB, RewardRun, open_trunk

@@ -18,8 +18,9 @@ from jaxllm.errors import InputError
 from jaxllm.preference.config import JOB, OnPolicyData, PreferenceRun, Target, target_of
 from jaxllm.preference.examples import open_feedback
 from jaxllm.preference.log_probs import SlotShape, check_needs
-from jaxllm.preference.offline import KINDS, keep_tokenizer, make_job
+from jaxllm.preference.offline import keep_tokenizer, make_job
 from jaxllm.preference.policy import Policy, open_policy
+from jaxllm.preference.program import KINDS
 from jaxllm.preference.records import Example, Examples
 from jaxllm.preference.registry import needs
 from jaxllm.preference.rollout_step import RolloutLoss, rollout_step

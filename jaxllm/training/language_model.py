@@ -288,18 +288,28 @@ def starting_point(run: LanguageModelRun, tokenizer: Tokenizer) -> Callable[[Mes
         return None
     folder = Path(run.init_from)
     config, other = model_config(folder), find_tokenizer(folder)
-    wanted, found = to_plain(run.model), to_plain(config)
-    for name in _FREE:
-        wanted.pop(name), found.pop(name)
-    if difference := first_difference(found, wanted):
-        key, old, new = difference
-        raise InputError(f"init_from {folder} has {key} {old!r}, this config has {new!r}")
+    check_same_model(f"init_from {folder}", config, run.model)
     if other is not None and other.identity != tokenizer.identity:
         raise InputError(
             f"init_from {folder} has tokenizer {other.identity[:24]}, this run has "
             f"{tokenizer.identity[:24]}; set tokenizer.path to {folder}"
         )
     return lambda mesh: read_model(folder, mesh=mesh)[2]
+
+
+def check_same_model(what: str, found: DecoderConfig, wanted: DecoderConfig) -> None:
+    """Refuses a model of another architecture than the config's.
+
+    Raises:
+      InputError: Naming `what` and the first difference; dropout, rematerialisation and the scale
+        of the initial parameters may differ.
+    """
+    theirs, ours = to_plain(found), to_plain(wanted)
+    for name in _FREE:
+        theirs.pop(name), ours.pop(name)
+    if difference := first_difference(theirs, ours):
+        key, old, new = difference
+        raise InputError(f"{what} has {key} {old!r}, this config has {new!r}")
 
 
 # -- finished models -----------------------------------------------------------------------------

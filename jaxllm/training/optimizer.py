@@ -13,9 +13,13 @@ from jaxllm.errors import InputError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam or AdamW with warm-up, a schedule, clipping, accumulation and weight averaging."""
+    """Adam or AdamW with warm-up, a schedule, clipping, accumulation and weight averaging.
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    RMSprop, as of the DPO paper's code (arXiv:2305.18290), is g / (sqrt(v) + eps) with v an average
+    of g^2 of decay beta2, uncorrected for its start; it keeps one moment.
+    """
+
+    name: Literal["adamw", "adam", "rmsprop", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
@@ -84,6 +88,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         base = optax.adamw(rate, weight_decay=config.weight_decay, mask=decay_mask, **moments)
     elif config.name == "adam":
         base = optax.adam(rate, **moments)
+    elif config.name == "rmsprop":
+        scale = optax.scale_by_rms(decay=config.beta2, eps=config.eps, eps_in_sqrt=False)
+        base = optax.chain(scale, optax.scale_by_learning_rate(rate))
     else:
         base = optax.sgd(rate)
     if config.clip_norm is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,11 +103,26 @@ def apply_gradients(
         ema=ema,
         extra=state.extra if extra is None else extra,
     )
-    watched = jax.tree.leaves([part for _, part in _watched(batch, metrics["loss"], grads, new)])
-    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in watched])
-    found = jnp.stack([new.step, jnp.argmin(finite).astype(jnp.int32)])
-    keep = (state.first_bad[0] >= 0) | jnp.all(finite)
-    return dataclasses.replace(new, first_bad=jnp.where(keep, state.first_bad, found)), metrics
+    loss = metrics["loss"]
+    watched = jax.tree.leaves([part for _, part in _watched(batch, loss, grads, new)])
+
+    def search() -> jax.Array:
+        finite = _finite(watched)
+        found = jnp.stack([new.step, jnp.argmin(finite).astype(jnp.int32)])
+        return jnp.where(jnp.all(finite), state.first_bad, found)
+
+    # What is not finite shows in a norm, or stands in what has none. Buffers that the step does not
+    # change, such as a reference model, show in the loss.
+    norms = [metrics[name] for name in ("grad_norm", "param_norm", "update_norm")]
+    healthy = jnp.all(_finite([*norms, *jax.tree.leaves((loss, batch, extra))]))
+    healthy |= state.first_bad[0] >= 0
+    first_bad = jax.lax.cond(healthy, lambda: state.first_bad, search)
+    return dataclasses.replace(new, first_bad=first_bad), metrics
+
+
+def _finite(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Whether each array is finite, bool [leaves]."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
 
 
 def _watched(batch: Tree, loss: Any, grads: Tree, new: TrainState) -> list[tuple[str, Tree]]:

@@ -21,11 +21,13 @@ def run(**options):
 def test_both_sides_draw_the_same_tokens():
     pytest.importorskip("transformers")
     found = run(compiled_torch=False)
-    ours, theirs = found["decoding"]
-    assert (ours["side"], theirs["side"]) == ("jaxllm", "torch eager")
+    ours, plain, theirs = found["decoding"]
+    sides = ("jaxllm", "plain jax", "torch eager")
+    assert (ours["side"], plain["side"], theirs["side"]) == sides
     assert ours["decode: jaxllm is faster by"] == 1
     assert theirs["decode: jaxllm is faster by"] > 0
-    assert found["share of tokens before the first that differs"] == {"tiny batch 2": 1.0}
+    agree = {"tiny batch 2 plain jax": 1.0, "tiny batch 2 torch eager": 1.0}
+    assert found["share of tokens before the first that differs from ours"] == agree
     assert found["largest logit difference to transformers"]["tiny"] < 1e-5
     assert found["traces of the decode loop per batch size"] == {"tiny": 1}
 
@@ -43,5 +45,5 @@ def test_a_model_that_differs_is_not_timed(monkeypatch):
 def test_without_torch_our_side_is_timed_alone(monkeypatch):
     monkeypatch.setattr(bench, "_torch_model", lambda *args: None)
     found = run()
-    assert [row["side"] for row in found["decoding"]] == ["jaxllm"]
+    assert [row["side"] for row in found["decoding"]] == ["jaxllm", "plain jax"]
     assert found["largest logit difference to transformers"] is None

@@ -89,6 +89,23 @@ def test_greedy_tokens_are_the_uncached_ones(generator):
         assert logits[ends].argmax(-1).tolist() == completion.ids
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+def test_kernels_with_their_outputs_first_draw_the_same_tokens(tied, monkeypatch):
+    model = decoder(dataclasses.replace(CONFIG, tie_embeddings=tied))
+    params, _ = model.init(jax.random.key(1))
+    found = []
+    for least in (CONFIG.dim + 1, CONFIG.dim):
+        monkeypatch.setattr("jaxllm.models.decoder._OUTPUTS_FIRST_FROM", least)
+        layers = model.build(params, {}).decoding_layers()
+        assert (layers.head is not None) == (least == CONFIG.dim and not tied)
+        generate = TextGenerator(params, {}, TextSampler(model.build, caches), byte_tokenizer())
+        rows = generate(prompts(4, 9), TextSampling(max_new_tokens=12, temperature=0.0))
+        found.append([(c.ids, c.log_probs) for (c,) in rows])
+    for (plain, plain_scores), (turned, turned_scores) in zip(*found, strict=True):
+        assert plain == turned
+        np.testing.assert_allclose(plain_scores, turned_scores, rtol=0, atol=1e-5)
+
+
 def test_log_probs_are_the_scorers(generator):
     rows = prompts(5, 11)
     setting = TextSampling(max_new_tokens=20, temperature=0.8, top_p=0.9)

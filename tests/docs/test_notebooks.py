@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
+from jaxllm.cli.plan_worker import answer
+from jaxllm.planning import plan
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
@@ -77,3 +80,13 @@ def test_preference(tmp_path, monkeypatch):
     target, learnt = space["target"], space["learnt"]
     far = {name: np.abs(np.asarray(p) - target).sum(1).mean() for name, p in learnt.items()}
     assert far["GDPO"] < 0.05 < far["DPO"]  # In total variation, doubled.
+
+
+def test_tpu_planning(tmp_path, monkeypatch):
+    # The command has a process of its own for every plan; that it works is seen elsewhere.
+    monkeypatch.setattr(plan, "ask", lambda module, request, topology: answer(request))
+    space = run("tpu_planning", tmp_path, monkeypatch)
+    assert space["found"]["fsdp 8"]["checks"] == {"gathers": "holds", "logits": "holds"}
+    full, small = (space["decode"][name]["cache GiB a chip"] for name in ("full", "HeadKV"))
+    assert 0 < small < full / 4
+    assert "train/lm.py runs/plan/model.py" in (tmp_path / "runs/plan/launch/gcloud.sh").read_text()

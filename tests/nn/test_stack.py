@@ -53,6 +53,17 @@ def test_scanned_equals_unrolled_equals_in_parts():
     assert np.abs(without - expected).max() > 0.1
 
 
+@pytest.mark.parametrize("layers", [3, 4, 8])
+def test_several_layers_in_a_body_are_the_same_function(layers, monkeypatch):
+    def loss(stack, x):
+        return jnp.sum(scan_layers(apply, stack, x, SHIFTS) ** 2)
+
+    expected = jax.value_and_grad(loss)(STACK, X)
+    monkeypatch.setattr("jaxllm.nn.stack._UNROLLED_ON_CPU", layers)
+    found = jax.value_and_grad(loss)(STACK, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_memory_only(remat):
     def loss(x, remat):

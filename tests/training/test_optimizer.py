@@ -92,6 +92,15 @@ def test_adamw_update_by_hand():
         assert float(updates["w"][0, 0]) == pytest.approx(-0.1 * (adam + 0.2 * 3.0), rel=1e-6)
 
 
+def test_rmsprop_update_by_hand():
+    config = OptimizerConfig(name="rmsprop", learning_rate=0.1, beta2=0.75, eps=0.5, clip_norm=None)
+    grads = {"w": jnp.full((1,), 2.0)}
+    # The average of g^2 starts at 0: after one step g^2 / 4, after two 7 g^2 / 16.
+    for steps, root in ((1, 1.0), (2, 1.75**0.5)):
+        updates = update_of(config, {"w": jnp.zeros(1)}, grads, steps)
+        assert float(updates["w"][0]) == pytest.approx(-0.1 * 2.0 / (root + 0.5), rel=1e-6)
+
+
 def test_clipping_scales_the_global_norm_over_all_tensors():
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}  # Norm 5.
