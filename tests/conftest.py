@@ -22,6 +22,15 @@ jaxllm.nn.stack._UNROLLED_ON_CPU = 1
 
 
 @pytest.fixture(scope="session")
+def nursery():
+    """Where tests start processes without waiting for their imports."""
+    from nursery import Nursery
+
+    with Nursery() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory):
     """The folder of a finished demo of the smallest models, and the numbers it returned."""
     import tiny_runs

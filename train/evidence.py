@@ -1,8 +1,9 @@
 """Re-examines a paper's central claim at CPU scale and writes docs/evidence/NAME.{md,json,png}.
 
 python train/evidence.py dnd [--seeds 0 1 2] [--steps 500] [--out docs/evidence]
-python train/evidence.py gdpo [--arms dpo_0.1 gdpo] [--steps 800] [--out docs/evidence]
+python train/evidence.py gdpo [--arms dpo_0.1 gdpo] [--steps 200] [--out docs/evidence]
 python train/evidence.py headkv [--retrain True] [--budgets 2 8] [--out docs/evidence]
+python train/evidence.py preference [--algorithms dpo ipo] [--steps 32] [--out docs/evidence]
 """
 
 import sys
@@ -12,14 +13,16 @@ from jaxllm.errors import InputError, run_command
 from jaxllm.images.evidence import EvidenceRun, dnd_evidence
 from jaxllm.kvcompress.evidence import headkv_evidence
 from jaxllm.kvcompress.evidence_run import CacheEvidenceRun
-from jaxllm.preference.evidence import OpinionEvidenceRun, opinion_evidence
+from jaxllm.preference.evidence import OpinionEvidenceRun, gdpo_evidence
+from jaxllm.preference.evidence_pairs import PairEvidenceRun, pair_evidence
 from jaxllm.training.loop import use_compile_cache
 from jaxllm.training.run_folder import override
 
 EVIDENCE = {
     "dnd": (EvidenceRun, dnd_evidence),
-    "gdpo": (OpinionEvidenceRun, opinion_evidence),
+    "gdpo": (OpinionEvidenceRun, gdpo_evidence),
     "headkv": (CacheEvidenceRun, headkv_evidence),
+    "preference": (PairEvidenceRun, pair_evidence),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.errors import InputError, run_command
 from jaxllm.parallel.mesh import MeshConfig
-from jaxllm.parallel.processes import end_together, start_distributed
+from jaxllm.parallel.processes import end_together, first_process, start_distributed
 from jaxllm.training.run_folder import load_config, override
 
 
@@ -54,6 +54,8 @@ def _main(kinds: type | tuple[type, ...], run: Callable[[Any, Path], Any], given
         raise InputError(f"config {path}: is a {type(config).__name__}, this script needs {names}")
     mesh = getattr(config, "mesh", MeshConfig(distributed="off"))
     start_distributed(mesh.distributed, lost_after=mesh.lost_after)
+    if not first_process():
+        logging.getLogger().setLevel(logging.ERROR)
     with end_together():
         run(config, workdir)
     return 0

@@ -100,6 +100,7 @@ class TextGenerator:
         batch: int = 8,
         on_text: OnText | None = None,
         least_prompt: int = 1,
+        first: int = 0,
     ) -> list[list[Completion]]:
         """Returns `samples` completions of each prompt, in the order of the prompts.
 
@@ -115,6 +116,7 @@ class TextGenerator:
           batch: Prompts run together.
           on_text: Called as text becomes final; needs a tokenizer and one sample.
           least_prompt: See `TextSampler.prefill`.
+          first: The number of the first prompt, where these are some of more.
 
         Raises:
           InputError: An argument or a prompt out of range.
@@ -134,7 +136,7 @@ class TextGenerator:
             numbers = order[start : start + batch]
             # A last batch of another size would be compiled anew.
             filled = numbers + numbers[-1:] * (min(batch, len(order)) - len(numbers))
-            keys = row_keys(seed, filled, 1 if samples == 1 else samples)
+            keys = row_keys(seed, [first + i for i in filled], 1 if samples == 1 else samples)
             state = self.sampler.prefill(
                 self.params,
                 self.extra,

@@ -62,7 +62,8 @@ class LanguageModel:
         """Returns the ids of a record's `prompt`, `messages` or `prompt_ids`.
 
         Raises:
-          InputError: Not exactly one of them, one of another type, or an id out of range.
+          InputError: Not exactly one of them, one of another type, an empty one, or an id out of
+            range.
         """
         given = [name for name in ("prompt", "messages", "prompt_ids") if name in row]
         if len(given) != 1:
@@ -73,6 +74,9 @@ class LanguageModel:
             if not isinstance(value, str):
                 raise InputError(f"{where}: prompt is {value!r:.40}, expected a string")
             tokenizer = self.need_tokenizer("a text prompt")
+            if not value:
+                # The mark that starts a text is not what an empty variable of a script means.
+                raise InputError(f"{where}: the prompt is empty; prompt_ids may hold marks alone")
             ids = tokenizer.encode(value, bos=tokenizer.adds_bos)
         elif given[0] == "messages":
             check_messages(value)

@@ -20,6 +20,7 @@ from jaxllm.images.config import ClassifierRun
 from jaxllm.images.runs import load_params
 from jaxllm.models.image_classifier import CLASSIFIER_RULES, ClassifierConfig, ImageClassifier
 from jaxllm.nn.module import Blueprint
+from jaxllm.parallel.processes import fetch
 from jaxllm.training.job import Job, Program
 from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.state import TrainState, new_state
@@ -132,8 +133,8 @@ class Scorer:
         features, probabilities = [], []
         for batch, real in padded_batches({"image": images}, EVAL_BATCH):
             feature, probability = self._compiled(self.params, batch["image"])
-            features.append(np.asarray(feature)[:real])
-            probabilities.append(np.asarray(probability)[:real])
+            features.append(fetch(feature)[:real])
+            probabilities.append(fetch(probability)[:real])
         return np.concatenate(features), np.concatenate(probabilities)
 
     @cached_property

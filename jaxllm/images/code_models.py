@@ -23,6 +23,7 @@ from jaxllm.models.code_model import CODE_MODEL_RULES, code_model
 from jaxllm.models.rq_transformer import RQTransformerConfig
 from jaxllm.nn.precision import compute_dtype
 from jaxllm.nn.vocabulary import token_log_probs
+from jaxllm.parallel.processes import fetch
 from jaxllm.training.job import Job, Program
 from jaxllm.training.optimizer import make_optimizer
 from jaxllm.training.state import TrainState, new_state
@@ -199,7 +200,7 @@ class CodeScorer:
         parts = []
         for batch, real in padded_batches(rows, EVAL_BATCH):
             out = self._run(params, extra, batch["codes"], batch["label"])
-            parts.append([np.asarray(x)[:real] for x in out])
+            parts.append([fetch(x)[:real] for x in out])
         log_probs, correct = zip(*parts, strict=True)
         return np.concatenate(log_probs), np.concatenate(correct)
 

@@ -15,6 +15,7 @@ from jaxllm.evals.images import psnr
 from jaxllm.images.pictures import save_grid
 from jaxllm.models.image_tokenizer import ImageTokenizer
 from jaxllm.nn.module import Blueprint
+from jaxllm.parallel.processes import fetch
 from jaxllm.quantize import (
     ErrorStats,
     ResidualVQ,
@@ -48,7 +49,7 @@ def reconstruct(
     parts = []
     for batch, real in padded_batches({"image": images}, EVAL_BATCH):
         decoded = _measure(tokenizer, params, extra, batch["image"])[2]
-        parts.append(np.asarray(decoded)[:, :real])
+        parts.append(fetch(decoded)[:, :real])
     return np.concatenate(parts, axis=1)
 
 
@@ -70,8 +71,8 @@ def measure_tokenizer(
     errors: ErrorStats | None = None
     for batch, real in padded_batches({"image": images}, EVAL_BATCH):
         latents, codes, _, quality = _measure(tokenizer, params, extra, batch["image"])
-        values.append(np.asarray(quality)[:, :real])
-        counts = counts + np.asarray(count_codes(codes[:real], quantizer.size))
+        values.append(fetch(quality)[:, :real])
+        counts = counts + fetch(count_codes(codes[:real], quantizer.size))
         if isinstance(quantizer, ResidualVQ):
             levels = quantizer.embed_levels(*model.quantizer_parts(), codes[:real])
             found = error_stats(latents[:real], levels)

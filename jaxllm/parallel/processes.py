@@ -28,6 +28,8 @@ _ENDED = "jaxllm/ended"
 _POLL = 0.25
 # Seconds that the first process, which carries the messages, stays for the others to read them.
 _LINGER = 5.0
+# Seconds in which a process that fails has told so, before others notice that it has gone.
+_TOLD_WITHIN = 2.0
 
 
 def start_distributed(mode: Literal["auto", "on", "off"] = "auto", *, lost_after: int = 20) -> None:
@@ -92,15 +94,41 @@ def wait_for_all(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns the whole of an array, also where parts of it are on devices of other processes.
+
+    All processes must call it at the same place.
+    """
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns every process's `value`, a JSON tree, in the order of the processes.
+
+    All processes must call it at the same place.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    told = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(told)))
+    # In powers of two, so that values of similar size share one compiled gather.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+    padded[: len(told)] = told
+    parts = multihost_utils.process_allgather(padded)
+    return [json.loads(part[:size].tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+
 @contextlib.contextmanager
 def end_together() -> Iterator[None]:
     """Ends every process of a run, promptly and with one exit code, when one of them fails.
 
     In the body of a `with`, an exception prints its reason (one line for an InputError, else a
     traceback), tells the other processes, which name this one and its reason, and ends the process
-    without waiting for collectives that will never complete. A process that was killed and tells
-    nothing is noticed by JAX's own heartbeat, see `start_distributed`. With one process, nothing
-    is changed.
+    without waiting for collectives that will never complete. A process that was killed tells
+    nothing: the others notice by a collective that fails at once, or by JAX's own heartbeat, see
+    `start_distributed`. With one process, nothing is changed.
     """
     if jax.process_count() == 1:
         yield
@@ -112,6 +140,9 @@ def end_together() -> Iterator[None]:
         yield
     except BaseException as error:
         over.set()
+        watch.join(1.0)  # It may have news, and is then about to end this process.
+        if _is_lost_connection(error):
+            _wait_for_reason()
         _end(*_reason(error))
     over.set()
     watch.join()
@@ -121,12 +152,37 @@ def _reason(error: BaseException) -> tuple[str, int]:
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
         return str(error), 2
+    if _is_lost_connection(error):
+        first = str(error).splitlines()[0]
+        number, count = jax.process_index(), jax.process_count()
+        print(
+            f"error: process {number} of {count} has lost another process ({first}); the same "
+            "command resumes",
+            file=sys.stderr,
+        )
+        return "another process is lost", 1
     if isinstance(error, SystemExit):
         return f"exit {error.code}", error.code if isinstance(error.code, int) else 1
     traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {error}".splitlines()[0], 1
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because a process at its other end has gone."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+        words in str(error)
+        for words in ("Connection", "connection", "Socket closed", "Broken pipe")
+    )
+
+
+def _wait_for_reason() -> None:
+    """Ends this process as the one that has gone said, if it says why in time."""
+    deadline = time.monotonic() + _TOLD_WITHIN
+    while time.monotonic() < deadline:
+        _follow()
+        time.sleep(_POLL)
 
 
 def _service() -> Any:
@@ -159,15 +215,21 @@ def _leave(code: int) -> None:
 
 def _watch(over: threading.Event) -> None:
     while not over.wait(_POLL):
-        try:
-            told = json.loads(_service().key_value_try_get(_FAILED))
-        except Exception:  # Nobody has failed, or the service is gone and JAX ends this process.
-            continue
-        if not over.is_set():
-            number, count = jax.process_index(), jax.process_count()
-            print(
-                f"error: process {told['process']} of {count} failed ({told['reason']}); "
-                f"process {number} ends with it, the same command resumes",
-                file=sys.stderr,
-            )
-            _leave(told["code"])
+        _follow()
+
+
+def _follow() -> None:
+    """Ends this process if another has failed, naming it and its reason."""
+    try:
+        told = json.loads(_service().key_value_try_get(_FAILED))
+    except Exception:  # Nobody has failed, or the service is gone and JAX ends this process.
+        return
+    number, count = jax.process_index(), jax.process_count()
+    if told["process"] == number:
+        return
+    print(
+        f"error: process {told['process']} of {count} failed ({told['reason']}); "
+        f"process {number} ends with it, the same command resumes",
+        file=sys.stderr,
+    )
+    _leave(told["code"])

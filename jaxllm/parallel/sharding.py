@@ -7,6 +7,7 @@ mesh axis used twice. A dimension that its mesh axes do not divide is replicated
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -18,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import InputError
+from jaxllm.parallel.mesh import make_mesh
 
 MeshAxes = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
@@ -118,6 +120,27 @@ def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: its first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, P(AXES["batch"]))
+
+
+def own_copy(tree: Any, mesh: Mesh) -> Any:
+    """Copies arrays on `mesh` to each of this process's devices, which form a mesh of their own.
+
+    What is computed from the copy waits for no other process. All processes must call it at the
+    same place, and each of their devices must have room for all of `tree`.
+    """
+    whole = _replicate(mesh)(tree)
+    place = NamedSharding(make_mesh(devices=list(mesh.local_devices)), P())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_single_device_arrays(
+            x.shape, place, [shard.data for shard in x.addressable_shards]
+        ),
+        whole,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
 
 
 def reader(mesh: Mesh) -> tuple[int, int]:

@@ -5,12 +5,12 @@ group's distribution and the belief of every answer are known. All arms start fr
 supervised model, see the same rows in the same order and take as many steps. Controls say what the
 claim rests on: supervised training on all rows, the belief terms alone, the preference term alone,
 and GDPO with the distribution that the rows themselves show (fair information).
+A second part, on real ratings, is `evidence_reviews.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from jaxllm.preference.belief_metrics import (
 )
 from jaxllm.preference.distributional import GroupDistributionalPO, dpo_optimum
 from jaxllm.preference.evidence_report import command, write_report
+from jaxllm.preference.evidence_reviews import ReviewRun, review_evidence
 from jaxllm.preference.evidence_training import (
     OpinionTrainer,
     Rejected,
@@ -51,7 +52,7 @@ from jaxllm.preference.opinions import OpinionWorld, option_beliefs, verdicts
 from jaxllm.preference.options import Options
 from jaxllm.preference.pairwise import DPO, IPO
 from jaxllm.preference.pointwise import KTO, SFT
-from jaxllm.training.run_folder import versions
+from jaxllm.training.run_folder import first_difference, read_json, to_plain, versions
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Arm:
     rejected: Rejected = "conditioned"
     estimated: bool = False
     """The target is the distribution that the prompt's own rows show."""
+    start: str = "sft_last"
+    """The supervised model that it begins with, which is its reference too."""
 
 
 ARMS: Mapping[str, Arm] = {
@@ -79,8 +82,12 @@ ARMS: Mapping[str, Arm] = {
     "dpo_nll": Arm(WeightedSum(), "different"),
     "ipo": Arm(IPO(average="sum"), "different"),
     "kto": Arm(KTO(), "different"),
+    "dpo_0.1_all": Arm(DPO(), "different", start="sft_all"),
+    "dpo_1_all": Arm(DPO(1.0), "different", start="sft_all"),
+    "gdpo_all": Arm(GroupDistributionalPO(), start="sft_all"),
 }
 """The gated arms come first."""
+PARTS = ("opinions", "reviews")
 STARTS = {"sft_last": True, "sft_all": False}
 """Supervised models, and whether they see only the last row of each prompt, as released."""
 
@@ -89,6 +96,8 @@ STARTS = {"sft_last": True, "sft_all": False}
 class OpinionEvidenceRun:
     """Sizes of the experiment."""
 
+    parts: tuple[str, ...] = PARTS
+    """What is run; the other part is kept from the results that the folder holds."""
     seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
     topics: int = 48
@@ -96,18 +105,23 @@ class OpinionEvidenceRun:
     """N: floor(N p_b) rows accept belief b, for every prompt."""
     width: int = 64
     layers: int = 2
-    batch: int = 64
-    sft_steps: int = 1500
-    steps: int = 800
+    batch: int = 32
+    sft_steps: int = 300
+    steps: int = 200
     every: int = 50
     """Steps between two points of the curves."""
-    sft_rate: float = 1e-3
-    rate: float = 1e-4
-    test_rows: int = 256
+    sft_rate: float = 3e-3
+    rate: float = 5e-4
+    test_rows: int = 128
     samples: int = 8
     """Sampled responses of each test prompt."""
+    reviews: ReviewRun = ReviewRun()
+    """The part on real ratings."""
 
     def __post_init__(self) -> None:
+        for name in self.parts:
+            if name not in PARTS:
+                raise InputError(f"parts: {name!r} is not one of {', '.join(PARTS)}")
         for name in self.arms:
             if name not in ARMS:
                 raise InputError(f"arms: {name!r} is not one of {', '.join(ARMS)}")
@@ -120,16 +134,62 @@ class OpinionEvidenceRun:
             )
 
 
-def opinion_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
-    """Trains every arm with every seed and writes gdpo.json, gdpo.md and gdpo.png to `folder`."""
+def gdpo_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
+    """Runs the parts and writes gdpo.json, gdpo.md and gdpo.png to `folder`.
+
+    Raises:
+      InputError: A part to be kept that was made with other settings.
+    """
+    result = _kept(run, folder)
+    for name, part in (("opinions", opinion_evidence), ("reviews", _reviews)):
+        if name not in run.parts:
+            continue
+        began = time.perf_counter()
+        result[name] = part(run)
+        result[name]["seconds"] = round(time.perf_counter() - began, 1)
+        write_report(result, folder)
+    # A part that was never run does not pass.
+    gates_met = result.get("opinions", {}).get("gates", [])
+    result["passed"] = bool(gates_met) and all(gate["passed"] for gate in gates_met)
+    write_report(result, folder)
+    return result
+
+
+def _kept(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
+    """The parts that the folder holds, where they are not run now, under this run's settings."""
+    plain = to_plain(run)
+    del plain["parts"]
+    fresh = {
+        "config": plain,
+        # Whichever parts are run last, one command makes the whole page.
+        "command": command("gdpo", dataclasses.replace(run, parts=PARTS)),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    others = [name for name in PARTS if name not in run.parts]
+    if not others or not (folder / "gdpo.json").is_file():
+        return fresh
+    old = read_json(folder / "gdpo.json")
+    if difference := first_difference(old["config"], plain, "config"):
+        key, before, now = difference
+        raise InputError(
+            f"{folder / 'gdpo.json'} was made with {key} {before!r}, this run has {now!r}: its "
+            "parts do not belong together; run all parts"
+        )
+    return {**fresh, **{name: old[name] for name in others if name in old}}
+
+
+def _reviews(run: OpinionEvidenceRun) -> dict[str, Any]:
+    return review_evidence(run.reviews, run.seeds)
+
+
+def opinion_evidence(run: OpinionEvidenceRun) -> dict[str, Any]:
+    """Trains every arm with every seed on the world of opinions."""
     began = time.perf_counter()
     worlds = [OpinionWorld(seed, run.topics) for seed in run.seeds]
     words = Words(worlds[0])
     trainer = OpinionTrainer(small_decoder(len(words.words), run.width, run.layers), words)
     result: dict[str, Any] = {
-        "config": json.loads(json.dumps(dataclasses.asdict(run))),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
         "parameters": trainer.blueprint.parameter_count,
         "lines": _lines([_targets(world) for world in worlds], run.samples),
         "arms": {},
@@ -139,14 +199,9 @@ def opinion_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
     ]
     for name in (*STARTS, *run.arms):
         result["arms"][name] = [study(name) for study in studies]
-        last = [f"{np.mean(arm['js']):.3f}" for arm in result["arms"][name]]
-        result["seconds"] = round(time.perf_counter() - began, 1)
-        print(f"{name}: JS distance {' '.join(last)} ({result['seconds']:.0f} s)", flush=True)
+        last = " ".join(f"{np.mean(arm['js']):.3f}" for arm in result["arms"][name])
+        print(f"{name}: JS distance {last} ({time.perf_counter() - began:.0f} s)", flush=True)
     result["gates"] = gates(result["arms"])
-    defaults = json.loads(json.dumps(dataclasses.asdict(OpinionEvidenceRun())))
-    result["command"] = command(result, defaults)
-    result["passed"] = all(gate["passed"] for gate in result["gates"])
-    write_report(result, folder)
     return result
 
 
@@ -181,7 +236,7 @@ class SeedStudy:
         self.test = resized(words.table(world.rows("test", run.pairs)), run.test_rows)
         self.prompts, self.targets = words.prompts(world.splits["test"]), _targets(world)
         self.starts: dict[str, Any] = {}
-        self.references: dict[str, dict[str, np.ndarray]] = {}
+        self.references: dict[tuple[str, str], dict[str, np.ndarray]] = {}
 
     def __call__(self, name: str) -> dict[str, Any]:
         """Trains an arm, or a supervised start; returns its curve and its measures at the end."""
@@ -195,22 +250,27 @@ class SeedStudy:
             params, curve = self._fit(params, source, held, SFT(), run.sft_steps, run.sft_rate)
             self.starts[name] = params
             return {"curve": curve, **self._measures(params, params)}
-        arm, start = ARMS[name], self.starts["sft_last"]
+        arm = ARMS[name]
+        start = self.starts[arm.start]
         source, held = (
-            RowSource.of(table, arm.rejected, self._reference(key, table), estimated=arm.estimated)
+            RowSource.of(
+                table,
+                arm.rejected,
+                self._reference(arm.start, key, table),
+                estimated=arm.estimated,
+            )
             for key, table in (("train", self.train), ("eval", self.eval))
         )
         params, curve = self._fit(start, source, held, arm.options, run.steps, run.rate)
-        return {"curve": curve, **self._measures(params, start)}
+        return {"start": arm.start, "curve": curve, **self._measures(params, start)}
 
-    def _reference(self, key: str, table: Table) -> dict[str, np.ndarray]:
-        if key not in self.references:
-            start = self.starts["sft_last"]
-            self.references[key] = {
-                name: self.trainer.reference_logps(start, tokens)
+    def _reference(self, start: str, key: str, table: Table) -> dict[str, np.ndarray]:
+        if (start, key) not in self.references:
+            self.references[start, key] = {
+                name: self.trainer.reference_logps(self.starts[start], tokens)
                 for name, tokens in table.tokens.items()
             }
-        return self.references[key]
+        return self.references[start, key]
 
     def _fit(
         self,

@@ -153,8 +153,8 @@ def _made_up(run: PreferenceRun, data: OfflineData, prompt: int) -> Example:
     if "beliefs" in need or "belief_span" in need:
         beliefs = _count(data.max_beliefs, "data.max_beliefs", "beliefs")
     # With a shared prompt all branches are in one row; elsewhere each completion has its own.
-    further = ("mismatched" in need) + ("target" in need)
-    branches = completions + further if data.layout == "shared_prompt" else 1
+    shared = completions + len({"mismatched", "target"} & set(need))
+    branches = shared if data.layout == "shared_prompt" else 1
     length = data.row_length // branches
     if data.max_completion is not None:
         length = min(length, data.max_completion)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 
@@ -15,6 +16,8 @@ from jaxllm.data.pipeline import Batches
 from jaxllm.data.records import write_jsonl
 from jaxllm.decoding.language_model import load_language_model
 from jaxllm.errors import InputError
+from jaxllm.parallel.processes import agreed, first_process
+from jaxllm.parallel.sharding import reader
 from jaxllm.preference.config import JOB, OnPolicyData, PreferenceRun, Target, target_of
 from jaxllm.preference.examples import open_feedback
 from jaxllm.preference.log_probs import SlotShape, check_needs
@@ -60,8 +63,6 @@ class _Parts:
 
 
 def _open(run: PreferenceRun, data: OnPolicyData) -> _Parts:
-    if jax.process_count() > 1:
-        raise InputError(f"on-policy data runs in one process, here are {jax.process_count()}")
     policy, target, feedback = open_policy(run), target_of(run), open_feedback(run.feedback)
     if feedback is None:
         raise InputError(
@@ -109,7 +110,7 @@ def on_policy_job(run: PreferenceRun, data: OnPolicyData, workdir: Path) -> Job:
     """Returns the job that samples from the policy at every step.
 
     Raises:
-      InputError: A policy without a tokenizer, bad prompts, or several processes.
+      InputError: A policy without a tokenizer, bad prompts, or more processes than divide them.
     """
     parts, need = _open(run, data), needs(run.algorithm)
     shape = slot_shape(data, parts.target, "mismatched" in need)
@@ -131,7 +132,7 @@ def on_policy_job(run: PreferenceRun, data: OnPolicyData, workdir: Path) -> Job:
     if run.model.check_start and policy.starts_equal:
 
         def check(state: TrainState) -> None:
-            check_start(policy, shape, state, prepare(state, batches.batch(0)))
+            check_start(policy, shape, state, prepare.part(state, batches.batch(0), (0, 1)))
 
     keep_tokenizer(policy, workdir)
     return Job(
@@ -170,7 +171,10 @@ class _Prompts:
 
 @dataclass(frozen=True)
 class PromptBatches(Batches):
-    """Numbers of the prompts of each step; the step itself sees the rows made of them."""
+    """Numbers of the prompts of each step; the step itself sees the rows made of them.
+
+    Every process reads all of them: it samples completions of its part, and makes rows of all.
+    """
 
     rows: int = 0
     examples: int = 0
@@ -186,14 +190,25 @@ class PromptBatches(Batches):
         """Lengths of the first axes of a batch's arrays."""
         return {"examples of a batch": self.examples, "rows of a batch": self.rows}
 
+    def dataset(self) -> grain.MapDataset:
+        """Returns the numbers of all prompts as a dataset indexed by step."""
+        return super(PromptBatches, dataclasses.replace(self, hosts=(0, 1))).dataset()
+
 
 class _Prepare:
-    """Samples, judges, and lays out the examples of a step."""
+    """Samples, judges, and lays out the examples of a step, or this process's part of them."""
 
     def __init__(self, parts: _Parts, data: OnPolicyData, shape: SlotShape, *, baselines: bool):
         self._parts, self._data, self._shape, self._baselines = parts, data, shape, baselines
 
     def __call__(self, state: TrainState, batch: dict[str, Any]) -> dict[str, Any]:
+        hosts = (0, 1) if jax.process_count() == 1 else reader(jax.sharding.get_mesh())
+        return self.part(state, batch, hosts)
+
+    def part(
+        self, state: TrainState, batch: dict[str, Any], hosts: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The examples of one of several readers, all of whom must call this."""
         parts, data = self._parts, self._data
         step = int(state.step)
         params = parts.rollouts.parameters(state.params, state.extra)
@@ -207,11 +222,13 @@ class _Prepare:
         if not examples:  # All scores of all prompts are equal: a step without a gradient.
             nothing = ((0,), (1,))
             rows = PreferenceRows([Example(prompts[0], nothing, margin=0.0)], parts.rows)
-            return rows.batch([0]) | {"valid": np.zeros(parts.rows.batch_size, bool)}
+            return rows.batch([0], hosts) | {
+                "valid": np.zeros(parts.rows.batch_size // hosts[1], bool)
+            }
         rows = PreferenceRows(
             examples, parts.rows, mismatched=self._shape.mismatched, columns=columns
         )
-        return rows.batch(range(len(examples)))
+        return rows.batch(range(len(examples)), hosts)
 
 
 # -- sampled once --------------------------------------------------------------------------------
@@ -243,7 +260,7 @@ def _kept_samples(run: PreferenceRun, data: OnPolicyData, parts: _Parts, workdir
         "seed": run.loop.seed,
     }
     path = workdir / SAMPLES
-    if path.is_file():
+    if agreed(path.is_file()):
         difference = first_difference(read_json(workdir / SETTINGS), settings, "samples")
         if difference:
             key, old, new = difference
@@ -253,8 +270,11 @@ def _kept_samples(run: PreferenceRun, data: OnPolicyData, parts: _Parts, workdir
             )
         return read_samples(path)
     params = load_language_model(parts.policy.folder).params
-    print(f"sampling {data.samples} completions of {len(parts.prompts)} prompts")
+    if first_process():
+        print(f"sampling {data.samples} completions of {len(parts.prompts)} prompts")
     sampled = parts.rollouts.many(params, parts.prompts)
+    if not first_process():
+        return sampled
     print(f"their mean score is {sampled.scores.mean():.3f}")
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / SETTINGS, settings)

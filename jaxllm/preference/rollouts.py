@@ -2,13 +2,15 @@
 
 Sampling is the library's decode loop in the same process, one compiled program for all steps. What
 is drawn depends on the run's seed, the step, the prompt's place in the step and the sample's number
-only, so a resumed run draws the same.
+only, so a resumed run draws the same. Of several processes each samples and judges its own part of
+the prompts, with a copy of the policy on its own devices, and tells the others what it found.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from jaxllm.decoding.generate import Completion, TextGenerator
 from jaxllm.decoding.language_model import LanguageModel
 from jaxllm.decoding.text import TextSampling
 from jaxllm.errors import InputError
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.processes import gathered
+from jaxllm.parallel.sharding import own_copy
 from jaxllm.preference.config import OnPolicyData, Target
 from jaxllm.preference.feedback import (
     Feedback,
@@ -96,10 +101,16 @@ class Rollouts:
       seed: Of all draws.
 
     Raises:
-      InputError: A policy without a tokenizer, or more tokens than it has positions for.
+      InputError: A policy without a tokenizer, more tokens than it has positions for, or prompts
+        that do not divide over the processes.
     """
 
     def __init__(self, policy: Policy, data: OnPolicyData, feedback: Feedback, seed: int):
+        if data.batch_size % jax.process_count():
+            raise InputError(
+                f"data.batch_size {data.batch_size} prompts do not divide over "
+                f"{jax.process_count()} processes"
+            )
         model = policy.language_model()
         self.tokenizer = model.need_tokenizer("feedback on texts")
         model.check_length(data.max_prompt + data.max_new_tokens, "prompt and completion")
@@ -115,8 +126,12 @@ class Rollouts:
         self._merged: Callable[[Tree, Tree], Tree] = jax.jit(policy.merged)
 
     def parameters(self, params: Tree, extra: Tree) -> Tree:
-        """Parameters of the policy for decoding; with adapters a new tree, once per sampling."""
-        return params["policy"] if self.policy.lora is None else self._merged(params, extra)
+        """Parameters of the policy for decoding; with adapters a new tree, once per sampling.
+
+        Of several processes each gets the whole of them on each of its devices.
+        """
+        found = params["policy"] if self.policy.lora is None else self._merged(params, extra)
+        return found if jax.process_count() == 1 else own_copy(found, jax.sharding.get_mesh())
 
     def __call__(
         self, params: Tree, prompts: Sequence[Ids], step: int, *, greedy: bool = False
@@ -129,20 +144,39 @@ class Rollouts:
           step: The step, which the draws depend on.
           greedy: One most likely completion of each instead.
         """
+        share = len(prompts) // jax.process_count()
+        first = jax.process_index() * share
+        own = prompts[first : first + share]
+        with _own_devices():
+            completions = self._sample(params, own, step, first, greedy)
+            texts = [[c.text or "" for c in row] for row in completions]
+            scores = self.feedback([self.tokenizer.decode(ids) for ids in own], texts)
+        if jax.process_count() == 1:
+            return Sampled(list(prompts), completions, scores)
+        told = [[asdict(c) for c in row] for row in completions]
+        parts = gathered({"completions": told, "scores": scores.tolist()})
+        return Sampled(
+            list(prompts),
+            [[Completion(**c) for c in row] for part in parts for row in part["completions"]],
+            np.concatenate([np.array(part["scores"], np.float64) for part in parts]),
+        )
+
+    def _sample(
+        self, params: Tree, prompts: Sequence[Ids], step: int, first: int, greedy: bool
+    ) -> list[list[Completion]]:
+        """Completions of a part of the prompts of a step, from prompt number `first` on."""
         sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
         seed = np.random.SeedSequence((self.seed, step)).generate_state(1)[0] >> 1
         generate = TextGenerator(params, {}, self.sampler, self.tokenizer)
-        completions = generate(
+        return generate(
             [list(ids) for ids in prompts],
             sampling,
             samples=1 if greedy else self.data.samples,
             seed=int(seed),
-            batch=self.data.batch_size,
+            batch=len(prompts),
             least_prompt=self.data.max_prompt,
+            first=first,
         )
-        texts = [[c.text or "" for c in row] for row in completions]
-        scores = self.feedback([self.tokenizer.decode(ids) for ids in prompts], texts)
-        return Sampled(list(prompts), completions, scores)
 
     def many(self, params: Tree, prompts: Sequence[Ids], first_step: int = 0) -> Sampled:
         """Samples and judges completions of any number of prompts, a step's number at a time."""
@@ -158,6 +192,13 @@ class Rollouts:
             [row for part in parts for row in part.completions],
             np.concatenate([part.scores for part in parts]),
         )
+
+
+def _own_devices() -> Any:
+    """Where one of several processes computes by itself; one alone stays on the mesh it is on."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(devices=jax.local_devices()))
 
 
 # -- examples ------------------------------------------------------------------------------------

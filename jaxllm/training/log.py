@@ -161,16 +161,29 @@ class Progress:
 
 
 class Clock:
-    """Splits wall time into init, compile, data, step, eval and checkpoint seconds."""
+    """Splits the wall time of one call of the training loop; every moment is in one bucket.
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("init", "compile", "data", "step", "eval", "checkpoint"), 0.0)
-        self._bucket, self._since = "init", time.perf_counter()
+    * init: mesh, restoring or making the state, opening logs.
+    * compile: the compilation of the step.
+    * data: waiting for the next batch and handing it to the devices.
+    * step: all other time between the steps, mostly waiting for the devices.
+    * eval: evaluations and samples, with the compilation of theirs.
+    * checkpoint: waiting for saves; what is written in the background costs nothing here.
+
+    Devices work on while the host waits for data, so little in `data` does not cost steps.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._seconds = dict.fromkeys(
+            ("init", "compile", "data", "step", "eval", "checkpoint"), 0.0
+        )
+        self._bucket, self._since = "init", now()
 
     def enter(self, bucket: str) -> str:
         """Books the time since the last change and goes on in `bucket`; returns the old one."""
-        now = time.perf_counter()
-        self.seconds[self._bucket] += now - self._since
+        now = self._now()
+        self._seconds[self._bucket] += now - self._since
         previous, self._bucket, self._since = self._bucket, bucket, now
         return previous
 
@@ -183,10 +196,26 @@ class Clock:
         finally:
             self.enter(previous)
 
+    def read(self) -> dict[str, float]:
+        """Returns the seconds in every bucket until now; their sum is all time since the start."""
+        self.enter(self._bucket)
+        return dict(self._seconds)
+
     def total(self, *buckets: str) -> float:
         """Returns the seconds in `buckets` until now."""
-        self.enter(self._bucket)
-        return sum(self.seconds[bucket] for bucket in buckets)
+        seconds = self.read()
+        return sum(seconds[bucket] for bucket in buckets)
+
+
+def goodput(seconds: dict[str, float]) -> dict[str, float]:
+    """Returns the share of all time in five buckets: init, compile, data, step, checkpoint_eval.
+
+    `step` is the goodput: the share of the time that went into training steps.
+    """
+    total = max(sum(seconds.values()), 1e-9)
+    joined = {name: seconds[name] for name in ("init", "compile", "data", "step")}
+    joined["checkpoint_eval"] = seconds["checkpoint"] + seconds["eval"]
+    return {name: value / total for name, value in joined.items()}
 
 
 class Profiler:

@@ -92,7 +92,7 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
 
         with Run(job, workdir, checkpoints, start, clock) as run:
             # -- steps ------------------------------------------------------------------------
-            clock.enter("compile")
+            clock.enter("step")
             with (
                 stop_on_signal() as stop,
                 Profiler(loop.profile, workdir / "profile") as profiled,
@@ -103,14 +103,13 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
                         batch = next(batches)
                         if job.prepare is not None:
                             batch = job.prepare(state, batch)
-                    state, metrics = profiled(
-                        step + 1, step_fn, state, to_devices(batch, rows), key
-                    )
-                    step += 1
-                    if step == start + 1:
+                        arrays = to_devices(batch, rows)
+                    if step == start:
                         run.watched = watched_names(batch, abstract)
-                        jax.block_until_ready(metrics)
-                        clock.enter("step")
+                        with clock.during("compile"):
+                            compiled = step_fn.lower(state, arrays, key).compile()
+                    state, metrics = profiled(step + 1, compiled, state, arrays, key)
+                    step += 1
                     run.flush()  # The row of the step before, while the devices work on this one.
                     if due(step, loop.log_every) or step == loop.steps:
                         run.record(state, step, metrics)

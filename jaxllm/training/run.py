@@ -21,7 +21,7 @@ from jaxllm.errors import InputError
 from jaxllm.parallel.processes import agreed, first_process
 from jaxllm.training.checkpoint import Checkpoints, finished_steps
 from jaxllm.training.job import Job
-from jaxllm.training.log import Clock, MetricsLog, Progress
+from jaxllm.training.log import Clock, MetricsLog, Progress, goodput
 from jaxllm.training.run_folder import read_json, versions, write_json
 from jaxllm.training.state import TrainState
 
@@ -73,10 +73,8 @@ class Run:
             return
         (step, metrics, first_bad), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # The first step of a process compiles, and counts only as long as there is no other.
-        done = step - self.start - 1
-        seconds = self.clock.total("data", "step") if done else self.clock.total("compile")
-        speed = max(done, 1) * self.job.batches.batch_size / max(seconds, 1e-9)
+        examples = (step - self.start) * self.job.batches.batch_size
+        speed = examples / max(self.clock.total("data", "step"), 1e-9)
         values[f"{self.job.unit}_per_second"] = speed
         self.log.write(step, {f"train/{name}": value for name, value in values.items()})
         self.progress.update(step, values["loss"], speed)
@@ -143,13 +141,14 @@ class Run:
             if agreed(not any(name.startswith("eval/") for row in last for name in row)):
                 self.evaluate(state, step)
             self.sample(state, step)
-        self.clock.enter("init")
+        seconds = self.clock.read()
         summary = {
             "job": self.job.name,
             "step": step,
             "steps": self.job.loop.steps,
             "metrics": self.log.newest(),
-            "seconds": {name: round(value, 3) for name, value in self.clock.seconds.items()},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "goodput": {name: round(value, 4) for name, value in goodput(seconds).items()},
             "device": device,
             "versions": versions(),
         }

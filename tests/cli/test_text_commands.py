@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -169,11 +170,34 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     write(tmp_path / "long.jsonl", [{"prompt_ids": [5] * 513}])
     write(tmp_path / "long_pair.jsonl", [{"prompt_ids": [5] * 512, "completion_ids": [5, 5]}])
     write(tmp_path / "qa1.jsonl", [{"input": "a", "question": "b", "target": "moon"}])
+    scores = tmp_path / "scores.json"
+    scores.write_text('{"0-0": [1.0], "0-1": [0.5]}')
+    cut, bent, other = (shutil.copytree(MODEL, tmp_path / name) for name in "abc")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    config = json.loads((MODEL / "config.json").read_text())
+    (bent / "config.json").write_text(json.dumps(config | {"intermediate_size": 176}))
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     generate = ["generate", "--model", MODEL]
     score = ["logprobs", "--model", MODEL, "--output", tmp_path / "o", "--input"]
     for arguments, culprit in (
         (["generate", "--model", tmp_path / "gone", "--prompt", "a"], "gone: no such folder"),
         (["generate", "--model", empty, "--prompt", "a"], "empty/config.json: no such file"),
+        ([*generate, "--prompt", ""], "--prompt: the prompt is empty"),
+        (
+            [*generate, "--prompt", "a", "--kv", f"headkv:scores={scores},budget=64"],
+            "8 query heads",
+        ),
+        (
+            [*generate, "--prompt", "a", "--kv", "uniform:budget=2,window=8"],
+            "budget 2.0 is smaller",
+        ),
+        (["convert", "--from", "hf", cut, "--to", tmp_path / "o"], "not a readable safetensors"),
+        (
+            ["convert", "--from", "hf", bent, "--to", tmp_path / "o"],
+            "has shape (64, 172), expected",
+        ),
+        (["convert", "--from", "hf", other, "--to", tmp_path / "o"], "model_type 'mamba' is not"),
         ([*generate, "--prompts", tmp_path / "two.jsonl"], "has prompt and prompt_ids"),
         ([*generate, "--prompts", tmp_path / "id.jsonl"], "record 1: prompt_ids: 512 at 0"),
         ([*generate, "--prompts", tmp_path / "chat.jsonl"], "has no chat template"),

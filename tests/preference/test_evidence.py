@@ -1,14 +1,17 @@
-"""The GDPO experiment: rows as arrays, the reference at the start, gates, and a whole small run."""
+"""The GDPO experiment: rows as arrays, the reference at the start, gates, and whole small runs."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import tiny_preference
 import tiny_runs
 
 from jaxllm.errors import InputError
-from jaxllm.preference.evidence import OpinionEvidenceRun, gates, opinion_evidence
+from jaxllm.preference.evidence import OpinionEvidenceRun, gates, gdpo_evidence
+from jaxllm.preference.evidence_reviews import ReviewRun, review_evidence
 from jaxllm.preference.evidence_training import PROMPT, Words
 from jaxllm.preference.opinions import OpinionWorld
 
@@ -45,6 +48,7 @@ def test_rows_as_arrays():
         ({"arms": ("ppo",)}, "'ppo' is not one of"),
         ({"seeds": (0,)}, "an interval needs two seeds"),
         ({"steps": 70}, "no multiples of every 50"),
+        ({"parts": ("films",)}, "'films' is not one of opinions, reviews"),
     ],
 )
 def test_bad_sizes_are_refused(changes, message):
@@ -54,6 +58,7 @@ def test_bad_sizes_are_refused(changes, message):
 
 def test_a_small_run_writes_its_page(tmp_path):
     run = OpinionEvidenceRun(
+        parts=("opinions",),
         seeds=(0, 1),
         arms=("gdpo",),
         topics=3,
@@ -68,10 +73,11 @@ def test_a_small_run_writes_its_page(tmp_path):
         samples=2,
     )
     with tiny_runs.quick_compile():
-        result = opinion_evidence(run, tmp_path)
+        result = gdpo_evidence(run, tmp_path)
     assert not result["passed"]  # DPO was not run.
     stored = json.loads((tmp_path / "gdpo.json").read_text())
-    start, gdpo = stored["arms"]["sft_last"][0], stored["arms"]["gdpo"][0]
+    arms = stored["opinions"]["arms"]
+    start, gdpo = arms["sft_last"][0], arms["gdpo"][0]
     # The second stage begins where the first one ended, and moves.
     assert gdpo["curve"][0]["js"] == pytest.approx(start["curve"][-1]["js"], abs=1e-6)
     assert gdpo["curve"][-1]["js"] != gdpo["curve"][0]["js"]
@@ -80,4 +86,40 @@ def test_a_small_run_writes_its_page(tmp_path):
     page = (tmp_path / "gdpo.md").read_text()
     assert "FAIL" in page and "Not run: " in page and "--topics 3" in page
     assert (tmp_path / "gdpo.png").stat().st_size > 1000
-    assert jax.tree.all(jax.tree.map(np.isfinite, stored["arms"]))
+    assert gdpo.pop("start") == "sft_last"
+    assert jax.tree.all(jax.tree.map(np.isfinite, [start, gdpo]))
+    with pytest.raises(InputError, match="was made with config.batch 4, this run has 8"):
+        gdpo_evidence(replace(run, parts=("reviews",), batch=8), tmp_path)
+
+
+def test_real_ratings(tmp_path):
+    config = replace(tiny_preference.MODEL, max_positions=128)
+    tiny_preference.write_model(tmp_path / "model", config)
+    run = ReviewRun(
+        model=str(tmp_path / "model"),
+        source="amazon",
+        arms=("sft_continued", "gdpo"),
+        train=80,
+        test=12,
+        longest=40,
+        reply=40,
+        pairs=4,
+        batch=4,
+        sft_steps=2,
+        steps=2,
+        every=1,
+        rate=1e-3,
+    )
+    with tiny_runs.quick_compile():
+        found = review_evidence(run, (0, 1))
+    arms, lines = found["arms"], found["lines"]
+    for name, seeds in arms.items():
+        assert all(len(one["js"]) == 12 and len(one["curve"]) == 3 for one in seeds), name
+        assert all(0 < one["mass"] < 1 and np.isfinite(one["kl"]) for one in seeds), name
+        if name != "sft_all":  # All begin where the supervised model ended, and move.
+            assert seeds[0]["curve"][0]["js"] == arms["sft_all"][0]["curve"][-1]["js"]
+            assert seeds[0]["curve"][-1]["js"] != seeds[0]["curve"][0]["js"]
+    assert arms["sft_all"][0]["margin"] == 0 != arms["gdpo"][0]["margin"]
+    # Seeds draw other snippets; raters drawn again are nearer than any other predictor.
+    assert arms["gdpo"][0]["js"] != arms["gdpo"][1]["js"]
+    assert min(lines.values()) == lines["as many raters drawn again"] > 0

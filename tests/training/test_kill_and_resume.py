@@ -1,58 +1,28 @@
 """Real processes, stopped by SIGKILL, SIGTERM and Ctrl-C, give the numbers of one that was not."""
 
 import json
-import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from linear_job import LOOP, linear_job
 
-from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.parallel.sharding import leaf_paths
 from jaxllm.training.checkpoint import finished_steps, read_newest
-from jaxllm.training.loop import train
 
 SCRIPT = Path(__file__).with_name("linear_job.py")
 
 
-class Child:
-    """A training process that prints to a file."""
-
-    def __init__(self, log, *arguments):
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), *map(str, arguments)],
-                env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-
-    def reach(self, step):
-        """Waits until this process, not one before it, has shown `step`."""
-        deadline = time.monotonic() + 120
-        while not any(int(shown) >= step for shown in re.findall(r"linear (\d+)/", self.printed)):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.printed
-            time.sleep(0.002)
-
-    def stop(self, number, pause=0.0):
-        """Sends a signal after `pause` seconds and returns the exit code."""
-        time.sleep(pause)
-        self.process.send_signal(number)
-        return self.process.wait(timeout=120)
-
-    @property
-    def printed(self):
-        return self.log.read_text()
+def reach(child, step):
+    """Waits until this process, not one before it, has shown `step`."""
+    deadline = time.monotonic() + 120
+    while not any(int(shown) >= step for shown in re.findall(r"linear (\d+)/", child.printed)):
+        assert child.poll() is None and time.monotonic() < deadline, child.printed
+        time.sleep(0.002)
 
 
 def without_timing(folder):
@@ -63,7 +33,7 @@ def without_timing(folder):
 
 
 @pytest.mark.slow
-def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path):
+def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path, nursery):
     seed = time.time_ns()
     rng = random.Random(seed)
     steps = [rng.randint(2, 9), rng.randint(11, 18), rng.randint(20, 26)]
@@ -72,9 +42,11 @@ def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path
 
     signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     for step, number in zip(steps, signals, strict=True):
-        child = Child(tmp_path / "printed", folder, "--delay", 0.04)
-        child.reach(step)
-        code = child.stop(number, rng.uniform(0, 0.05))
+        child = nursery.start(SCRIPT, folder, "--delay", 0.04, log=tmp_path / "printed")
+        reach(child, step)
+        time.sleep(rng.uniform(0, 0.05))
+        child.send_signal(number)
+        code = child.wait(120)
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL, story
             continue
@@ -85,8 +57,8 @@ def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path
         assert child.printed.endswith(resume)
         assert json.loads((folder / "summary.json").read_text())["step"] == saved
 
-    last = Child(tmp_path / "printed", folder, whole)
-    assert last.process.wait(timeout=120) == 0, (story, last.printed)
+    last = nursery.start(SCRIPT, folder, whole, log=tmp_path / "printed")
+    assert last.wait(120) == 0, (story, last.printed)
 
     for name in ("checkpoints", "best"):
         left, right = read_newest(folder / name), read_newest(whole / name)
@@ -110,34 +82,3 @@ def test_killed_terminated_and_interrupted_run_equals_uninterrupted_run(tmp_path
     for end in ends:
         end["metrics"].pop("train/images_per_second")
     assert ends[0]["metrics"] == ends[1]["metrics"] and ends[0]["step"] == 30
-
-
-@pytest.mark.slow
-def test_two_hosts_stop_together_and_one_host_goes_on(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    folder, whole = tmp_path / "hosts", tmp_path / "whole"
-    first, second = (
-        Child(
-            tmp_path / str(host),
-            *(folder, "--delay", 0.04, "--host", host, "--hosts", 2, "--port", port),
-        )
-        for host in range(2)
-    )
-    try:
-        first.reach(9)
-        codes = [second.stop(signal.SIGTERM), first.process.wait(timeout=120)]
-    finally:
-        first.process.kill()
-        second.process.kill()
-    assert codes == [0, 0], first.printed + second.printed
-    saved = finished_steps(folder / "checkpoints")[-1]
-    assert f"stopped and saved at step {saved}" in first.printed and 9 <= saved < 30
-    assert "linear" not in second.printed
-
-    # Four devices on two hosts, then one device on one host: the same rows and numbers.
-    for path in (folder, whole):
-        train(linear_job(LOOP, mesh=MeshConfig(data=1)), path, devices=jax.devices()[:1])
-    for row, wanted in zip(without_timing(folder), without_timing(whole), strict=True):
-        assert row == pytest.approx(wanted, rel=1e-5)

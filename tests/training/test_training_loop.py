@@ -20,7 +20,7 @@ from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.parallel.sharding import leaf_paths
 from jaxllm.training.checkpoint import finished_steps, read_newest
 from jaxllm.training.job import LoopConfig
-from jaxllm.training.log import read_metrics
+from jaxllm.training.log import Clock, goodput, read_metrics
 from jaxllm.training.loop import NonFiniteError, stop_on_signal, train
 
 ONE = MeshConfig(data=1)
@@ -82,6 +82,7 @@ def test_hooks_fire_once_at_their_steps_and_the_summary_tells_the_run(tmp_path, 
     assert summary["metrics"]["eval/norm"] == rows[-1]["eval/norm"]
     assert set(summary["seconds"]) == {"init", "compile", "data", "step", "eval", "checkpoint"}
     assert summary["seconds"]["compile"] > 0 and summary["device"] == "1 x cpu"
+    assert sum(summary["goodput"].values()) == pytest.approx(1, abs=1e-3)
     assert {"python", "jax", "flax", "numpy"} <= set(summary["versions"])
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["job"] == "linear" and config["config"]["loop"]["eval_every"] == 4
@@ -276,14 +277,50 @@ def test_one_trace_no_recompilation_no_copies_and_no_wait_between_log_steps(tmp_
     assert kept == []
 
 
-def test_speed_counts_data_and_steps_but_not_compilation(tmp_path):
-    job = linear_job(loop_config(9, log_every=8))
-    run_one(
-        dataclasses.replace(job, batches=Hooked(job.batches, lambda step: time.sleep(0.03))),
-        tmp_path,
-    )
+def test_every_second_of_a_run_is_in_its_bucket(tmp_path):
+    """Sleeps in the data, an evaluation, a sample and the program's trace go where they belong."""
+
+    def evaluate(state):
+        time.sleep(0.3)
+        return {"norm": 0.0}
+
+    job = linear_job(loop_config(9, log_every=8), evaluate=evaluate)
+
+    def step(*arguments):
+        time.sleep(0.2)  # While tracing.
+        return job.step(*arguments)
+
+    def sample(state, path):
+        time.sleep(0.1)
+
+    slow = Hooked(job.batches, lambda step: time.sleep(0.03))
+    begun = time.perf_counter()
+    result = run_one(dataclasses.replace(job, step=step, sample=sample, batches=slow), tmp_path)
+    wall = time.perf_counter() - begun
+    seconds = result.summary["seconds"]
+    assert -0.01 < wall - sum(seconds.values()) < 1  # Closing the logs and their thread.
+    assert seconds["data"] >= 9 * 0.03 and seconds["compile"] >= 0.2 and seconds["eval"] >= 0.4
+    total = sum(seconds.values())
+    shares = {name: seconds[name] / total for name in ("init", "compile", "data", "step")}
+    shares["checkpoint_eval"] = (seconds["checkpoint"] + seconds["eval"]) / total
+    assert result.summary["goodput"] == pytest.approx(shares, abs=2e-3)
+    # Speed counts data and steps, and nothing else.
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert 20 < rows[0]["train/images_per_second"] < BATCH / 0.03
+
+
+def test_the_clock_books_every_moment_once():
+    times = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
+    clock = Clock(lambda: next(times))
+    assert clock.enter("step") == "init"  # 0 to 1
+    with clock.during("data"):  # 1 to 3 is step's
+        assert clock.enter("compile") == "data"  # 3 to 6
+    # 6 to 10 is compile's; the body is left for step, as it was found.
+    seconds = clock.read()  # 10 to 15
+    assert seconds == {"init": 1, "step": 7, "data": 3, "compile": 4, "eval": 0, "checkpoint": 0}
+    assert clock.total("step", "data") == 16
+    shares = {"init": 1, "compile": 4, "data": 3, "step": 7, "checkpoint_eval": 0}
+    assert goodput(seconds) == {name: value / 15 for name, value in shares.items()}
 
 
 def test_profiler_and_compile_cache_leave_their_files(tmp_path, monkeypatch):
