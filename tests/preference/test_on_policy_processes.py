@@ -35,7 +35,7 @@ def trained(tmp_path_factory, nursery):
         go(every_step, base / "one" / "grpo", devices=2)
         with tiny_runs.quick_compile():
             preference_job(once, base / "one" / "dpo")
-    codes = [child.wait(120) for child in children]
+    codes = [child.wait(240) for child in children]
     assert codes == [0, 0], [child.log.read_text() for child in children]
     return base, [child.printed for child in children]
 
