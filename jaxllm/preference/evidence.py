@@ -4,16 +4,16 @@ Section 5 of arXiv:2412.20299 at CPU scale, on the synthetic world of `opinions.
 group's distribution and the belief of every answer are known. All arms start from the same
 supervised model, see the same rows in the same order and take as many steps. Controls say what the
 claim rests on: supervised training on all rows, the belief terms alone, the preference term alone,
-and GDPO with the distribution that the rows themselves show (fair information).
-A second part, on real ratings, is `evidence_reviews.py`.
+and GDPO with the distribution that the rows themselves show (fair information). Then the arms that
+the claim rests on again with ten times the pairs. The part on real ratings is
+`evidence_reviews.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,15 @@ ARMS: Mapping[str, Arm] = {
     "dpo_0.1_all": Arm(DPO(), "different", start="sft_all"),
     "dpo_1_all": Arm(DPO(1.0), "different", start="sft_all"),
     "gdpo_all": Arm(GroupDistributionalPO(), start="sft_all"),
+    "gdpo_fair_all": Arm(GroupDistributionalPO(), estimated=True, start="sft_all"),
+    "sft_continued_all": Arm(SFT(), start="sft_all"),
 }
 """The gated arms come first."""
-PARTS = ("opinions", "reviews")
+LARGE_ARMS = (
+    *("dpo_0.1", "gdpo", "gdpo_fair", "kl_nll", "bdpo", "sft_continued"),
+    *("dpo_0.1_all", "gdpo_all", "gdpo_fair_all", "sft_continued_all"),
+)
+PARTS = ("opinions", "large", "reviews")
 STARTS = {"sft_last": True, "sft_all": False}
 """Supervised models, and whether they see only the last row of each prompt, as released."""
 
@@ -97,7 +103,7 @@ class OpinionEvidenceRun:
     """Sizes of the experiment."""
 
     parts: tuple[str, ...] = PARTS
-    """What is run; the other part is kept from the results that the folder holds."""
+    """What is run; the others are kept from the results that the folder holds."""
     seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
     topics: int = 48
@@ -115,6 +121,9 @@ class OpinionEvidenceRun:
     test_rows: int = 128
     samples: int = 8
     """Sampled responses of each test prompt."""
+    large_pairs: int = 100
+    """N of the part `large`; all its other sizes are those above."""
+    large_arms: tuple[str, ...] = LARGE_ARMS
     reviews: ReviewRun = ReviewRun()
     """The part on real ratings."""
 
@@ -122,9 +131,10 @@ class OpinionEvidenceRun:
         for name in self.parts:
             if name not in PARTS:
                 raise InputError(f"parts: {name!r} is not one of {', '.join(PARTS)}")
-        for name in self.arms:
-            if name not in ARMS:
-                raise InputError(f"arms: {name!r} is not one of {', '.join(ARMS)}")
+        for field in ("arms", "large_arms"):
+            for name in getattr(self, field):
+                if name not in ARMS:
+                    raise InputError(f"{field}: {name!r} is not one of {', '.join(ARMS)}")
         if len(self.seeds) < 2 or self.topics < 2:
             raise InputError(f"seeds {self.seeds}: an interval needs two seeds and two topics")
         if self.every < 1 or self.sft_steps % self.every or self.steps % self.every:
@@ -149,10 +159,13 @@ def gdpo_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
             write_report(result, folder)
 
         if name == "opinions":
-            save(opinion_evidence(run))
+            found = opinion_evidence(run)
+            save({**found, "gates": gates(found["arms"])})
+        elif name == "large":
+            save(opinion_evidence(replace(run, pairs=run.large_pairs, arms=run.large_arms)))
         else:
             review_evidence(run.reviews, run.seeds, save)
-    # A part that was never run does not pass.
+    # A part that was never run does not pass; only the one with few pairs has criteria.
     gates_met = result.get("opinions", {}).get("gates", [])
     result["passed"] = bool(gates_met) and all(gate["passed"] for gate in gates_met)
     write_report(result, folder)
@@ -166,21 +179,31 @@ def _kept(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
     fresh = {
         "config": plain,
         # Whichever parts are run last, one command makes the whole page.
-        "command": command("gdpo", dataclasses.replace(run, parts=PARTS)),
+        "command": command("gdpo", replace(run, parts=PARTS)),
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
-    others = [name for name in PARTS if name not in run.parts]
-    if not others or not (folder / "gdpo.json").is_file():
+    if set(run.parts) >= set(PARTS) or not (folder / "gdpo.json").is_file():
         return fresh
     old = read_json(folder / "gdpo.json")
-    if difference := first_difference(old["config"], plain, "config"):
-        key, before, now = difference
-        raise InputError(
-            f"{folder / 'gdpo.json'} was made with {key} {before!r}, this run has {now!r}: its "
-            "parts do not belong together; run all parts"
-        )
-    return {**fresh, **{name: old[name] for name in others if name in old}}
+    kept = [name for name in PARTS if name not in run.parts and name in old]
+    for name in kept:
+        before, now = (_settings(name, config) for config in (old["config"], plain))
+        if difference := first_difference(before, now, "config"):
+            key, was, wanted = difference
+            raise InputError(
+                f"{folder / 'gdpo.json'}: its part {name} was made with {key} {was!r}, this run "
+                f"has {wanted!r}: they do not belong together; run all parts"
+            )
+    return {**fresh, **{name: old[name] for name in kept}}
+
+
+def _settings(part: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a part's results depend on."""
+    if part == "reviews":
+        return {name: config[name] for name in ("seeds", "reviews")}
+    others = {"opinions": ("large_pairs", "large_arms"), "large": ("pairs", "arms")}[part]
+    return {k: value for k, value in config.items() if k not in ("reviews", *others)}
 
 
 def opinion_evidence(run: OpinionEvidenceRun) -> dict[str, Any]:
@@ -189,19 +212,19 @@ def opinion_evidence(run: OpinionEvidenceRun) -> dict[str, Any]:
     worlds = [OpinionWorld(seed, run.topics) for seed in run.seeds]
     words = Words(worlds[0])
     trainer = OpinionTrainer(small_decoder(len(words.words), run.width, run.layers), words)
-    result: dict[str, Any] = {
-        "parameters": trainer.blueprint.parameter_count,
-        "lines": _lines([_targets(world) for world in worlds], run.samples),
-        "arms": {},
-    }
     studies = [
         SeedStudy(run, trainer, world, seed) for world, seed in zip(worlds, run.seeds, strict=True)
     ]
+    result: dict[str, Any] = {
+        "parameters": trainer.blueprint.parameter_count,
+        "rows": [len(study.train.target) for study in studies],
+        "lines": _lines([_targets(world) for world in worlds], run.samples),
+        "arms": {},
+    }
     for name in (*STARTS, *run.arms):
         result["arms"][name] = [study(name) for study in studies]
         last = " ".join(f"{np.mean(arm['js']):.3f}" for arm in result["arms"][name])
         print(f"{name}: JS distance {last} ({time.perf_counter() - began:.0f} s)", flush=True)
-    result["gates"] = gates(result["arms"])
     return result
 
 

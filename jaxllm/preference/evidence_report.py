@@ -8,57 +8,26 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxllm.evals.statistics import nested_interval
+from jaxllm.preference.evidence_findings import expectations, large_findings, review_findings
+from jaxllm.preference.evidence_tables import (
+    COLUMNS,
+    NAMES,
+    PAIRS,
+    REVIEW_COLUMNS,
+    best_distances,
+    distances,
+    gap,
+    interval,
+    js,
+    known_lines,
+    table,
+)
 from jaxllm.training.run_folder import to_plain, write_json, write_text
 
-NAMES = {
-    "sft_last": "SFT, last row of a prompt",
-    "sft_all": "SFT, all rows",
-    "sft_continued": "SFT continued, all rows",
-    "dpo_0.05": "DPO, beta 0.05",
-    "dpo_0.1": "DPO, beta 0.1",
-    "dpo_0.5": "DPO, beta 0.5",
-    "dpo_1": "DPO, beta 1",
-    "dpo_nll": "DPO, beta 0.1, and NLL",
-    "ipo": "IPO, tau 0.1, sums",
-    "kto": "KTO, beta 0.1",
-    "bdpo": "belief-conditioned DPO only",
-    "kl": "belief KL only",
-    "kl_nll": "belief KL and NLL",
-    "nll_bdpo": "belief NLL and conditioned DPO",
-    "gdpo": "GDPO",
-    "gdpo_fair": "GDPO, p estimated from the rows",
-    "dpo_0.1_all": "DPO, beta 0.1, from SFT on all rows",
-    "dpo_1_all": "DPO, beta 1, from SFT on all rows",
-    "gdpo_all": "GDPO, from SFT on all rows",
-}
-_COLUMNS = {
-    "js_few": "JS, {samples} samples",
-    "js_64": "JS, 64 samples",
-    "kl": "KL(p, q)",
-    "bias": "majority bias",
-    "minority": "minority recall",
-    "entropy": "entropy ratio",
-    "mass": "belief mass",
-    "cbc": "CBC",
-    "bpc": "BPC",
-}
-_PAIRS = {
-    "belief_margin": "margin in the belief",
-    "text_margin": "margin in the text",
-    "majority_accuracy": "accuracy, majority",
-    "minority_accuracy": "accuracy, minority",
-    "majority_margin": "margin, majority",
-    "minority_margin": "margin, minority",
-    "text_nll": "NLL of the answer",
-}
-
-_REVIEW_COLUMNS = {
-    "kl": "KL(p, q)",
-    "bias": "majority bias",
-    "mass": "belief mass",
-    "margin": "margin",
-    "accuracy": "accuracy",
+_PARTS = {
+    "opinions": "opinions",
+    "large": "opinions with more pairs",
+    "reviews": "ratings",
 }
 
 
@@ -91,11 +60,15 @@ def _changes(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "--
 
 def evidence_markdown(result: dict[str, Any]) -> str:
     """The page; parts that were never run are left out."""
-    seconds = sum(result[part]["seconds"] for part in ("opinions", "reviews") if part in result)
+    seconds = (
+        f"{title} in {result[part]['seconds']:.0f} s"
+        for part, title in _PARTS.items()
+        if part in result
+    )
     lines = [
         "# Does DPO sharpen a group's beliefs, and does GDPO keep them?\n",
-        f"`{result['command']}` made this page in {seconds:.0f} s on "
-        f"{result['device']}, jax {result['versions']['jax']}.\n",
+        f"`{result['command']}` makes this page, on {result['device']} with jax "
+        f"{result['versions']['jax']}: {', '.join(seconds)}.\n",
         "JS is the square root of the Jensen-Shannon divergence (nats, at most 0.833) between the "
         "group's distribution and the model's at the belief token, with the 95 % interval of a "
         "bootstrap over seeds and topics or snippets, rough with this few seeds.\n",
@@ -103,6 +76,8 @@ def evidence_markdown(result: dict[str, Any]) -> str:
     ]
     if "opinions" in result:
         lines += _opinions(result["config"], result["opinions"])
+    if "large" in result:
+        lines += _large(result["config"], result["large"], result.get("opinions"))
     if "reviews" in result:
         lines += _reviews(result["config"], result["reviews"])
     lines += [
@@ -138,16 +113,16 @@ def _opinions(config: dict[str, Any], part: dict[str, Any]) -> list[str]:
     samples = config["samples"]
     lines += [
         "\n### Distance to the group\n",
-        *distances(arms, "JS at the lowest held-out loss"),
+        *distances(arms, {"JS at the lowest held-out loss": best_distances(arms)}),
         "\n### Other measures at the end, means over seeds\n",
-        *_table(arms, _COLUMNS, samples),
+        *table(arms, COLUMNS, samples),
         "\nJS of samples is never 0; the perfect model's is below. CBC: the stated option belongs "
         "to the stated number; BPC: the answer's words belong to the stated option.\n",
         *known_lines(part["lines"]),
         "\n### Pairs of the test prompts\n",
         "Nats of log(policy/reference). Margins in belief and text are of pairs of different "
         "beliefs; accuracies and margins of majority and minority of pairs behind one belief.\n",
-        *_table(arms, _PAIRS, samples),
+        *table(arms, PAIRS, samples),
         "\n### What was expected, and what came out\n",
         *expectations(part),
     ]
@@ -158,7 +133,7 @@ def _opinions(config: dict[str, Any], part: dict[str, Any]) -> list[str]:
 
 def _start_note(part: dict[str, Any]) -> str:
     """What the criteria are worth, given where their arms begin."""
-    last, every = (_js(part["arms"][name]).mean() for name in ("sft_last", "sft_all"))
+    last, every = (js(part["arms"][name]).mean() for name in ("sft_last", "sft_all"))
     uniform = part["lines"]["uniform over the topic's options"]
     return (
         "\nThe start of the released code sees one accepted row of each prompt and is at "
@@ -166,6 +141,33 @@ def _start_note(part: dict[str, Any]) -> str:
         "there the criteria ask little of GDPO, and DPO has a majority of its own to keep. The "
         f"arms from SFT on all rows, which is at {every:.3f}, ask more."
     )
+
+
+def _large(config: dict[str, Any], part: dict[str, Any], few: dict[str, Any] | None) -> list[str]:
+    """The same arms with more pairs, beside what they came to with few."""
+    arms, small = part["arms"], {} if few is None else few["arms"]
+    n, large = config["pairs"], config["large_pairs"]
+    both = [name for name in arms if name in small]
+    beside = {
+        f"JS, N = {n}": {name: interval(js(small[name])) for name in both},
+        "minus that": {name: gap(js(arms[name]) - js(small[name])) for name in both},
+    }
+    lines = [
+        f"\n## The same world with N = {large}\n",
+        "Nothing but N is changed: topics, prompts, model, rates and numbers of steps are those "
+        f"above, so that the supervised steps draw {config['batch'] * config['sft_steps']:,} of "
+        f"{', '.join(f'{count:,}' for count in part['rows'])} rows by seed. A belief has rows from "
+        f"a share of 1/{large} on, not only from 1/{n}, and shares of rows are that much nearer to "
+        "p.\n",
+        *distances(arms, beside),
+        "",
+        *table(arms, COLUMNS, config["samples"]),
+        "\n### What was expected, and what came out\n",
+        *large_findings(part),
+    ]
+    if missing := [name for name in config["large_arms"] if name not in arms]:
+        lines.append(f"\nNot run: {', '.join(NAMES[name] for name in missing)}.")
+    return lines
 
 
 def _reviews(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
@@ -186,161 +188,13 @@ def _reviews(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
         *known_lines(part["lines"]),
         "\nAs many raters drawn again from a snippet's own shares: an estimate, too low if "
         "anything, of what is left when the distribution itself is known.\n",
-        *_table(part["arms"], _REVIEW_COLUMNS, whole["samples"]),
+        *table(part["arms"], REVIEW_COLUMNS, whole["samples"]),
         "\nMargin and accuracy: log-ratio to the start of the chosen minus the rejected sentence "
         "behind one belief, on test snippets, with sentences of the training snippets.",
     ]
-    lines += ["\n### What came out\n", *_review_findings(part)]
+    lines += ["\n### What came out\n", *review_findings(part)]
     if missing := [name for name in config["arms"] if name not in part["arms"]]:
         lines.append(f"\nNot run: {', '.join(NAMES[name] for name in missing)}.")
-    return lines
-
-
-def _review_findings(part: dict[str, Any]) -> list[str]:
-    """How every arm stands to the predictor that knows no text, and GDPO to its controls."""
-    arms, marginal = part["arms"], part["lines"]["marginal of the training snippets"]
-    groups: dict[str, list[str]] = {"below": [], "above": [], "not told apart from": []}
-    for name, seeds in arms.items():
-        found = nested_interval(_js(seeds))
-        side = "not told apart from"
-        if found.excludes(marginal):
-            side = "below" if found.mean < marginal else "above"
-        groups[side].append(NAMES[name])
-    lines = [
-        f"- {side.capitalize()} the marginal's {marginal:.3f}: {'; '.join(names)}."
-        for side, names in groups.items()
-        if names
-    ]
-    if "gdpo" in arms:
-        lines += [
-            f"- GDPO minus {NAMES[name]}: {_gap(_js(arms['gdpo']) - _js(arms[name]))}."
-            for name in ("dpo_0.1", "sft_continued", "gdpo_fair", "kl_nll")
-            if name in arms
-        ]
-    return lines
-
-
-def distances(arms: dict[str, Any], best_title: str | None = None) -> list[str]:
-    """A table of the JS distance of every arm, and its difference to its start and to GDPO."""
-    head = "| arm | JS at the end | by seed | minus the start's | GDPO's minus this |"
-    lines = [head + (f" {best_title} |" if best_title else "")]
-    lines.append("|---" * (5 + bool(best_title)) + "|")
-    for name, seeds in arms.items():
-        values = _js(seeds)
-        whole = nested_interval(values)
-        by_seed = ", ".join(f"{row.mean():.3f}" for row in values)
-        row = f"| {NAMES[name]} | {whole.mean:.3f} [{whole.low:.3f}, {whole.high:.3f}] | {by_seed} "
-        start = seeds[0].get("start")
-        row += f"| {'' if start is None else _gap(values - _js(arms[start]))} "
-        other = arms.get("gdpo")
-        row += f"| {'' if other is None or name == 'gdpo' else _gap(_js(other) - values)} |"
-        if best_title:
-            # By the first of equal losses.
-            best = [min(one["curve"], key=lambda point: point["loss"])["js"] for one in seeds]
-            row += f" {np.mean(best):.3f} |"
-        lines.append(row)
-    return lines
-
-
-def known_lines(lines: dict[str, float]) -> list[str]:
-    """A table of known distributions."""
-    return [
-        "| known distribution | JS |",
-        "|---|---|",
-        *(f"| {name} | {value:.3f} |" for name, value in lines.items()),
-    ]
-
-
-def _js(seeds: list[dict[str, Any]]) -> np.ndarray:
-    return np.asarray([one["js"] for one in seeds])
-
-
-def _gap(values: np.ndarray) -> str:
-    found = nested_interval(values)
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-
-
-def _table(arms: dict[str, Any], columns: dict[str, str], samples: int) -> list[str]:
-    heads = [head.format(samples=samples) for head in columns.values()]
-    lines = [f"| arm | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name, seeds in arms.items():
-        cells = []
-        for column in columns:
-            found = [one[column] for one in seeds if column in one]
-            cells.append(f"{np.mean(found):.3f}" if found else "")
-        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
-    return lines
-
-
-# -- what was expected ---------------------------------------------------------------------------
-
-
-def expectations(part: dict[str, Any]) -> list[str]:
-    """One line for each expectation written down before the run whose arms were run."""
-    arms = part["arms"]
-    lines: list[str] = []
-
-    def mean(name: str, key: str) -> float:
-        return float(np.mean([np.mean(one[key]) for one in arms[name]]))
-
-    def has(*names: str) -> bool:
-        return set(names) <= set(arms)
-
-    def against(first: str, second: str) -> str:
-        return f"JS differs by {_gap(_js(arms[first]) - _js(arms[second]))}"
-
-    for name in ("dpo_0.1", "dpo_0.1_all"):
-        if has(name):
-            curves = np.asarray([[p["js"] for p in one["curve"]] for one in arms[name]])
-            rises = float(np.mean(np.diff(curves, axis=1) > 0))
-            lines.append(
-                f"- Expected: under {NAMES[name]}, JS rises with the steps and the majority is "
-                f"over-represented. Found: {rises:.0%} of the curve's steps rise, from "
-                f"{curves[:, 0].mean():.3f} to {curves[:, -1].mean():.3f}; majority bias "
-                f"{mean(name, 'bias'):.2f}; {mean(name, 'belief_margin'):.1f} nats of margin lie "
-                f"in the belief, {mean(name, 'text_margin'):.1f} in the text, where the closed "
-                "form has all of it in the belief."
-            )
-    betas = [name for name in ("dpo_0.05", "dpo_0.1", "dpo_0.5", "dpo_1") if name in arms]
-    if len(betas) > 1:
-        found = ", ".join(f"{name.removeprefix('dpo_')}: {mean(name, 'js'):.3f}" for name in betas)
-        lines.append(f"- Expected: the smaller DPO's beta, the larger JS. Found by beta: {found}.")
-    if has("gdpo", "sft_all"):
-        lines.append(
-            "- Expected: GDPO ends at or below SFT, with belief mass and majority bias near 1. "
-            f"Found: against SFT on all rows {against('gdpo', 'sft_all')}, against the start "
-            f"{against('gdpo', 'sft_last')}; mass {mean('gdpo', 'mass'):.3f}, bias "
-            f"{mean('gdpo', 'bias'):.3f}."
-        )
-    if has("dpo_0.1_all", "gdpo_all"):
-        lines.append(
-            "- Expected: also from a start that is calibrated DPO ends further from the group than "
-            f"GDPO. Found: {against('dpo_0.1_all', 'gdpo_all')}."
-        )
-    if has("bdpo"):
-        lines.append(
-            "- Expected: conditioned DPO alone leaves the belief near the start and raises BPC. "
-            f"Found: {against('bdpo', 'sft_last')}; BPC {mean('sft_last', 'bpc'):.3f} before, "
-            f"{mean('bdpo', 'bpc'):.3f} after."
-        )
-    if has("kl_nll", "gdpo"):
-        lines.append(
-            "- Expected: without its preference term GDPO is as well calibrated, since calibration "
-            f"comes from the KL. Found: KL and NLL against GDPO, {against('kl_nll', 'gdpo')}; "
-            f"minority accuracy {mean('kl_nll', 'minority_accuracy'):.3f} without, "
-            f"{mean('gdpo', 'minority_accuracy'):.3f} with it."
-        )
-    if has("gdpo_fair", "sft_continued"):
-        lines.append(
-            "- Expected: GDPO that sees no more than the pairs is near SFT on all of them. Found: "
-            f"against SFT continued on all rows, {against('gdpo_fair', 'sft_continued')}; against "
-            f"GDPO with p, {against('gdpo_fair', 'gdpo')}."
-        )
-    if has("ipo", "dpo_0.1"):
-        lines.append(
-            "- Expected: IPO on sums sharpens less than DPO, its margin being bounded. Found: "
-            f"{against('ipo', 'dpo_0.1')}."
-        )
     return lines
 
 
@@ -356,6 +210,9 @@ def plot_evidence(result: dict[str, Any], path: Path) -> None:
             ("opinions: JS to the group", arms, "js"),
             ("opinions: majority bias", arms, "bias"),
         ]
+    if "large" in result:
+        title = f"opinions, N = {result['config']['large_pairs']}: JS to the group"
+        panels.append((title, result["large"]["arms"], "js"))
     if "reviews" in result:
         panels.append(("reviews: JS to the raters", result["reviews"]["arms"], "js"))
     places = {name: place for place, name in enumerate(NAMES)}

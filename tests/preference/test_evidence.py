@@ -1,6 +1,7 @@
 """The GDPO experiment: rows as arrays, the reference at the start, gates, and whole small runs."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,7 @@ import tiny_preference
 import tiny_runs
 
 from jaxllm.errors import InputError
+from jaxllm.preference import evidence
 from jaxllm.preference.evidence import OpinionEvidenceRun, gates, gdpo_evidence
 from jaxllm.preference.evidence_reviews import ReviewRun, review_evidence
 from jaxllm.preference.evidence_training import PROMPT, Words
@@ -45,10 +47,11 @@ def test_rows_as_arrays():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": ("ppo",)}, "'ppo' is not one of"),
+        ({"arms": ("ppo",)}, "arms: 'ppo' is not one of"),
+        ({"large_arms": ("ppo",)}, "large_arms: 'ppo' is not one of"),
         ({"seeds": (0,)}, "an interval needs two seeds"),
         ({"steps": 70}, "no multiples of every 50"),
-        ({"parts": ("films",)}, "'films' is not one of opinions, reviews"),
+        ({"parts": ("films",)}, "'films' is not one of opinions, large, reviews"),
     ],
 )
 def test_bad_sizes_are_refused(changes, message):
@@ -56,7 +59,7 @@ def test_bad_sizes_are_refused(changes, message):
         OpinionEvidenceRun(**changes)
 
 
-def test_a_small_run_writes_its_page(tmp_path):
+def test_a_small_run_writes_its_page(tmp_path, monkeypatch):
     run = OpinionEvidenceRun(
         parts=("opinions",),
         seeds=(0, 1),
@@ -76,6 +79,7 @@ def test_a_small_run_writes_its_page(tmp_path):
         result = gdpo_evidence(run, tmp_path)
     assert not result["passed"]  # DPO was not run.
     stored = json.loads((tmp_path / "gdpo.json").read_text())
+    whole = deepcopy(stored["opinions"])
     arms = stored["opinions"]["arms"]
     start, gdpo = arms["sft_last"][0], arms["gdpo"][0]
     # The second stage begins where the first one ended, and moves.
@@ -88,8 +92,25 @@ def test_a_small_run_writes_its_page(tmp_path):
     assert (tmp_path / "gdpo.png").stat().st_size > 1000
     assert gdpo.pop("start") == "sft_last"
     assert jax.tree.all(jax.tree.map(np.isfinite, [start, gdpo]))
-    with pytest.raises(InputError, match="was made with config.batch 4, this run has 8"):
+    with pytest.raises(InputError, match="opinions was made with config.batch 4, this run has 8"):
         gdpo_evidence(replace(run, parts=("reviews",), batch=8), tmp_path)
+
+    def larger(run):
+        arms = {**stored["opinions"]["arms"], "gdpo_all": [{**gdpo, "start": "sft_all"}] * 2}
+        arms = {name: arms[name] for name in ("sft_last", "sft_all", *run.arms)}
+        return {**stored["opinions"], "arms": arms, "rows": [run.pairs] * 2}
+
+    monkeypatch.setattr(evidence, "opinion_evidence", larger)
+    run = replace(run, parts=("large",), large_arms=("gdpo", "gdpo_all"))
+    found = gdpo_evidence(run, tmp_path)
+    assert found["opinions"] == whole and found["large"]["rows"] == [100, 100]
+    page = (tmp_path / "gdpo.md").read_text()
+    assert "## The same world with N = 100" in page and "| JS, N = 4 |" in page
+    # Parts that are kept must have this run's settings; those of parts run anew are free.
+    assert gdpo_evidence(replace(run, large_pairs=8), tmp_path)["large"]["rows"] == [8, 8]
+    message = "part large was made with config.large_pairs 8, this run has 7"
+    with pytest.raises(InputError, match=message):
+        gdpo_evidence(replace(run, parts=("reviews",), large_pairs=7), tmp_path)
 
 
 def test_real_ratings(tmp_path):
