@@ -60,15 +60,15 @@ def _changes(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "--
 
 def evidence_markdown(result: dict[str, Any]) -> str:
     """The page; parts that were never run are left out."""
-    seconds = (
-        f"{title} in {result[part]['seconds']:.0f} s"
+    seconds = ", ".join(
+        f"{title} {result[part]['cpu_seconds']:.0f} s"
         for part, title in _PARTS.items()
-        if part in result
+        if "cpu_seconds" in result.get(part, ())
     )
     lines = [
         "# Does DPO sharpen a group's beliefs, and does GDPO keep them?\n",
-        f"`{result['command']}` makes this page, on {result['device']} with jax "
-        f"{result['versions']['jax']}: {', '.join(seconds)}.\n",
+        f"`{result['command']}` made this page on {result['device']}, jax "
+        f"{result['versions']['jax']}.{f' CPU time by part: {seconds}.' if seconds else ''}\n",
         "JS is the square root of the Jensen-Shannon divergence (nats, at most 0.833) between the "
         "group's distribution and the model's at the belief token, with the 95 % interval of a "
         "bootstrap over seeds and topics or snippets, rough with this few seeds.\n",
