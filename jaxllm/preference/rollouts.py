@@ -72,8 +72,9 @@ def read_prompts(data: OnPolicyData, model: LanguageModel) -> list[Ids]:
     if data.prompts == "reviews":
         tokenizer = model.need_tokenizer("prompts")
         words = (s.text.split()[: data.prompt_words] for s in load_snippets())
-        texts = dict.fromkeys(" ".join(w) for w in words if len(w) == data.prompt_words)
-        found = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
+        texts = [*dict.fromkeys(" ".join(w) for w in words if len(w) == data.prompt_words)]
+        bos = tokenizer.adds_bos
+        found = [tokenizer.encode(text, bos=bos) for text in texts[: data.max_prompts]]
     else:
         file = LineFile(Path(data.prompts))
         found = []

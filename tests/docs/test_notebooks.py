@@ -46,7 +46,7 @@ def run(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     space = {"__name__": "__main__"}
     _, cells = read(ROOT / "colab" / f"{name}.ipynb")
-    with tiny_runs.quick_compile():
+    with tiny_runs.small_programs():
         for number, (kind, source) in enumerate(cells):
             if kind == "code":
                 exec(compile(source, f"{name}.ipynb cell {number}", "exec"), space)
@@ -80,6 +80,10 @@ def test_preference(tmp_path, monkeypatch):
     target, learnt = space["target"], space["learnt"]
     far = {name: np.abs(np.asarray(p) - target).sum(1).mean() for name, p in learnt.items()}
     assert far["GDPO"] < 0.05 < far["DPO"]  # In total variation, doubled.
+    loss, margins = (space["curve"](name) for name in ("loss", "rewards/margins"))
+    assert loss[1, 0] == pytest.approx(np.log(2), abs=1e-6) and margins[1, -1] > 0.01
+    before, after = (space["written"][name] for name in ("before", "after"))
+    assert len(before) == len(after) == 4 and before != after
 
 
 def test_tpu_planning(tmp_path, monkeypatch):
