@@ -7,7 +7,6 @@ the paper's FID values are not reproduced here.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from jaxllm.data.images import ImageDataConfig, open_images
 from jaxllm.data.pipeline import stack_examples
@@ -30,8 +30,8 @@ from jaxllm.models.code_model import CodeModelConfig, code_model
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.models.rq_transformer import RQTransformerConfig
 from jaxllm.quantize import ResidualVQ, residual_kmeans_start
+from jaxllm.training.evidence import EvidencePage, check_interval
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxllm.training.run_folder import versions, write_json
 from jaxllm.training.state import new_state
 from jaxllm.training.step import make_step
 
@@ -52,8 +52,7 @@ class EvidenceRun:
     learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
-        if len(self.seeds) < 2:
-            raise InputError(f"seeds {self.seeds}: an interval needs two or more")
+        check_interval(self.seeds)
         if not 1 <= min(self.depths) <= max(self.depths) <= 4:
             raise InputError(f"depths {self.depths} must be between 1 and 4, one head per layer")
 
@@ -63,25 +62,16 @@ def dnd_evidence(run: EvidenceRun, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     patches = {split: _patches(split) for split in ("train", "validation", "test")}
     result: dict[str, Any] = {
-        "config": dataclasses.asdict(run),
+        **PAGE.begin(run),
         "images": {split: len(p["patches"]) for split, p in patches.items()},
         "reconstruction": reconstruction_by_depth(run, patches),
         "likelihood": [],
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
     }
     for depth in run.depths:
         result["likelihood"] += likelihoods(run, depth, patches)
-        _write(result, folder, began)
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        PAGE.write(result, folder)
     return result
-
-
-def _write(result: dict[str, Any], folder: Path, began: float) -> None:
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "dnd.json", result)
-    (folder / "dnd.md").write_text(evidence_markdown(result))
-    plot_evidence(result, folder / "dnd.png")
 
 
 def _patches(split: Any) -> dict[str, np.ndarray]:
@@ -324,7 +314,7 @@ def _verdicts(result: dict[str, Any], depth: int) -> list[str]:
     return lines
 
 
-def plot_evidence(result: dict[str, Any], path: Path) -> None:
+def plot_evidence(result: dict[str, Any]) -> Figure:
     """Draws PSNR over bits and NLL by model."""
     depths = sorted({row["depth"] for row in result["likelihood"]})
     figure, axes = plt.subplots(1, 1 + len(depths), figsize=(4.2 * (1 + len(depths)), 3.4))
@@ -347,5 +337,7 @@ def plot_evidence(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"d = {depth}: test nats per image, one dot a seed", fontsize=10)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
+
+
+PAGE = EvidencePage("dnd", evidence_markdown, plot_evidence)

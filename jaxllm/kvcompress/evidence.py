@@ -10,14 +10,12 @@ are causes, repeated compression during long decoding, and the speed of the real
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +23,7 @@ from jaxllm.decoding.language_model import LanguageModel, load_language_model
 from jaxllm.errors import InputError
 from jaxllm.evals.statistics import nested_interval
 from jaxllm.kvcompress.evidence_checks import causal_check, long_decode, step_times
-from jaxllm.kvcompress.evidence_report import write_report
+from jaxllm.kvcompress.evidence_report import PAGE
 from jaxllm.kvcompress.evidence_run import (
     HEADS,
     PARTS,
@@ -55,13 +53,7 @@ from jaxllm.kvcompress.recall_protocols import (
 )
 from jaxllm.kvcompress.tasks import ReasonNeedleTask
 from jaxllm.training.loop import train
-from jaxllm.training.run_folder import (
-    first_difference,
-    load_config,
-    override,
-    read_json,
-    versions,
-)
+from jaxllm.training.run_folder import load_config, override, to_plain
 
 
 def headkv_evidence(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
@@ -76,7 +68,7 @@ def headkv_evidence(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
 
     def save() -> None:
         result["seconds"] = round(before + time.perf_counter() - began, 1)
-        write_report(result, folder)
+        PAGE.write(result, folder)
 
     if "compare" in run.parts:
         result["models"], result["settings"] = [], []
@@ -110,24 +102,16 @@ def headkv_evidence(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
 
 def _kept(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
     """Returns empty results, or those of the folder if only some parts are run."""
-    plain = json.loads(json.dumps(dataclasses.asdict(run)))
-    if set(run.parts) >= set(PARTS) or not (folder / "headkv.json").is_file():
-        return {
-            "config": plain,
-            "device": jax.devices()[0].device_kind,
-            "versions": versions(),
-            "seconds": 0.0,
-            **{name: [] for name in ("models", "settings", "causal", "long", "times")},
-        }
-    result = read_json(folder / "headkv.json")
+    result = {} if set(run.parts) >= set(PARTS) else PAGE.kept(folder)
+    if not result:
+        empty: dict[str, Any] = {n: [] for n in ("models", "settings", "causal", "long", "times")}
+        return {**PAGE.begin(run), "seconds": 0.0, **empty}
     free = ("parts", "models", "retrain")
-    old, new = ({k: v for k, v in c.items() if k not in free} for c in (result["config"], plain))
-    if difference := first_difference(old, new, "config"):
-        key, before, now = difference
-        raise InputError(
-            f"{folder / 'headkv.json'} was made with {key} {before!r}, this run has {now!r}: its "
-            "parts do not belong together; run all parts"
-        )
+    old, new = (
+        {k: v for k, v in config.items() if k not in free}
+        for config in (result["config"], to_plain(run))
+    )
+    PAGE.check_kept(folder, old, new)
     return result
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
-from jaxllm.training.run_folder import write_json, write_text
+from jaxllm.training.evidence import EvidencePage
 
 Row = dict[str, Any]
 NAMES = {
@@ -44,14 +44,6 @@ _COLOURS = {
     "r2": "tab:red",
     "random": "tab:gray",
 }
-
-
-def write_report(result: dict[str, Any], folder: Path) -> None:
-    """Writes headkv.json, headkv.md and headkv.png to `folder`, without parts that are empty."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "headkv.json", result)
-    write_text(folder / "headkv.md", evidence_markdown(result))
-    plot_evidence(result, folder / "headkv.png")
 
 
 def main_method(rows: Sequence[Row]) -> str:
@@ -272,11 +264,11 @@ def _times(result: dict[str, Any]) -> list[str]:
 # -- the picture ----------------------------------------------------------------------------------
 
 
-def plot_evidence(result: dict[str, Any], path: Path) -> None:
+def plot_evidence(result: dict[str, Any]) -> Figure | None:
     """Draws accuracy over budget, one panel per task and protocol, with intervals."""
     settings = _settings(result)
     if not settings:
-        return
+        return None
     tasks = list(dict.fromkeys(task for task, _ in settings))
     width = max(sum(task == name for task, _ in settings) for name in tasks)
     size = (4.3 * width, 3.4 * len(tasks))
@@ -305,5 +297,7 @@ def plot_evidence(result: dict[str, Any], path: Path) -> None:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=8)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
+
+
+PAGE = EvidencePage("headkv", evidence_markdown, plot_evidence)

@@ -12,6 +12,7 @@ from jaxllm.kvcompress.recall_methods import METHODS
 from jaxllm.kvcompress.recall_protocols import PROTOCOLS, Protocol
 from jaxllm.kvcompress.scorers import Window
 from jaxllm.kvcompress.tasks import NeedleTask, ReasonNeedleTask, SetGetTask
+from jaxllm.training.evidence import check_interval, check_names
 
 TASKS: Mapping[str, Task] = {
     "needle": NeedleTask(keys=8),
@@ -59,13 +60,14 @@ class CacheEvidenceRun:
     timed_budget: int = 64
 
     def __post_init__(self) -> None:
-        if len(self.seeds) < 2 or self.sequences < 2:
-            raise InputError(f"seeds {self.seeds}: an interval needs two models and two sequences")
-        allowed = {"parts": PARTS, "tasks": TASKS, "methods": METHODS, "protocols": PROTOCOLS}
-        for name, known in allowed.items():
-            for value in getattr(self, name):
-                if value not in known:
-                    raise InputError(f"{name}: {value!r} is not one of {', '.join(known)}")
+        check_interval(self.seeds, sequences=self.sequences)
+        for name, known in (
+            ("parts", PARTS),
+            ("tasks", TASKS),
+            ("methods", METHODS),
+            ("protocols", PROTOCOLS),
+        ):
+            check_names(name, getattr(self, name), known)
         if not {"full", "uniform"} <= set(self.methods):
             raise InputError("methods must hold full and uniform, which others are compared with")
         if not self.betas or min(self.budgets) < 1:

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.errors import InputError
 from jaxllm.evals.distributions import (
     entropy_ratio,
     js_distance,
@@ -35,7 +34,7 @@ from jaxllm.preference.belief_metrics import (
     class_belief_consistency,
 )
 from jaxllm.preference.distributional import GroupDistributionalPO, dpo_optimum
-from jaxllm.preference.evidence_report import command, write_report
+from jaxllm.preference.evidence_report import PAGE
 from jaxllm.preference.evidence_reviews import ReviewRun, review_evidence
 from jaxllm.preference.evidence_training import (
     OpinionTrainer,
@@ -52,7 +51,7 @@ from jaxllm.preference.opinions import OpinionWorld, option_beliefs, verdicts
 from jaxllm.preference.options import Options
 from jaxllm.preference.pairwise import DPO, IPO
 from jaxllm.preference.pointwise import KTO, SFT
-from jaxllm.training.run_folder import first_difference, read_json, to_plain, versions
+from jaxllm.training.evidence import check_curve, check_interval, check_names
 
 
 @dataclass(frozen=True)
@@ -128,20 +127,11 @@ class OpinionEvidenceRun:
     """The part on real ratings."""
 
     def __post_init__(self) -> None:
-        for name in self.parts:
-            if name not in PARTS:
-                raise InputError(f"parts: {name!r} is not one of {', '.join(PARTS)}")
-        for field in ("arms", "large_arms"):
-            for name in getattr(self, field):
-                if name not in ARMS:
-                    raise InputError(f"{field}: {name!r} is not one of {', '.join(ARMS)}")
-        if len(self.seeds) < 2 or self.topics < 2:
-            raise InputError(f"seeds {self.seeds}: an interval needs two seeds and two topics")
-        if self.every < 1 or self.sft_steps % self.every or self.steps % self.every:
-            raise InputError(
-                f"sft_steps {self.sft_steps} and steps {self.steps} are no multiples of every "
-                f"{self.every}"
-            )
+        check_names("parts", self.parts, PARTS)
+        check_names("arms", self.arms, ARMS)
+        check_names("large_arms", self.large_arms, ARMS)
+        check_interval(self.seeds, topics=self.topics)
+        check_curve(self.every, sft_steps=self.sft_steps, steps=self.steps)
 
 
 def gdpo_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
@@ -157,7 +147,7 @@ def gdpo_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
 
         def save(found: dict[str, Any], name: str = name, began: float = began) -> None:
             result[name] = {**found, "cpu_seconds": round(time.process_time() - began, 1)}
-            write_report(result, folder)
+            PAGE.write(result, folder)
 
         if name == "opinions":
             found = opinion_evidence(run)
@@ -169,33 +159,21 @@ def gdpo_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
     # A part that was never run does not pass; only the one with few pairs has criteria.
     gates_met = result.get("opinions", {}).get("gates", [])
     result["passed"] = bool(gates_met) and all(gate["passed"] for gate in gates_met)
-    write_report(result, folder)
+    PAGE.write(result, folder)
     return result
 
 
 def _kept(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
     """The parts that the folder holds, where they are not run now, under this run's settings."""
-    plain = to_plain(run)
-    del plain["parts"]
-    fresh = {
-        "config": plain,
-        # Whichever parts are run last, one command makes the whole page.
-        "command": command("gdpo", replace(run, parts=PARTS)),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-    }
-    if set(run.parts) >= set(PARTS) or not (folder / "gdpo.json").is_file():
-        return fresh
-    old = read_json(folder / "gdpo.json")
-    kept = [name for name in PARTS if name not in run.parts and name in old]
+    # Whichever parts are run last, one command makes the whole page.
+    fresh = PAGE.begin(replace(run, parts=PARTS))
+    del fresh["config"]["parts"]
+    others = [name for name in PARTS if name not in run.parts]
+    old = PAGE.kept(folder) if others else {}
+    kept = [name for name in others if name in old]
     for name in kept:
-        before, now = (_settings(name, config) for config in (old["config"], plain))
-        if difference := first_difference(before, now, "config"):
-            key, was, wanted = difference
-            raise InputError(
-                f"{folder / 'gdpo.json'}: its part {name} was made with {key} {was!r}, this run "
-                f"has {wanted!r}: they do not belong together; run all parts"
-            )
+        before, now = (_settings(name, config) for config in (old["config"], fresh["config"]))
+        PAGE.check_kept(folder, before, now, f"part {name}")
     return {**fresh, **{name: old[name] for name in kept}}
 
 

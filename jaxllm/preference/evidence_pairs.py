@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm.decoding.language_model import load_language_model
 from jaxllm.errors import InputError
 from jaxllm.evals.statistics import nested_interval
 from jaxllm.preference.config import ModelConfig, NoReference, OnPolicyData
-from jaxllm.preference.evidence_pairs_report import write_pairs_report
-from jaxllm.preference.evidence_report import command
+from jaxllm.preference.evidence_pairs_report import PAGE
 from jaxllm.preference.evidence_rows import RowScorer, RowTrainer, stacked
 from jaxllm.preference.feedback import Rule
 from jaxllm.preference.mixture import preset
@@ -41,8 +39,8 @@ from jaxllm.preference.rollouts import Rollouts, Sampled, read_prompts, sampled_
 from jaxllm.preference.rows import PreferenceRows, RowConfig
 from jaxllm.preference.statistics import PairStats
 from jaxllm.preference.wrappers import TRDPO
+from jaxllm.training.evidence import check_interval, check_names
 from jaxllm.training.optimizer import OptimizerConfig
-from jaxllm.training.run_folder import to_plain, versions
 
 LEFT_OUT: Mapping[str, str] = {
     "modpo": "needs the scores of a second objective",
@@ -92,13 +90,8 @@ class PairEvidenceRun:
     rate: float = 3e-4
 
     def __post_init__(self) -> None:
-        for name in self.algorithms:
-            if name not in ARMS:
-                reason = f": it {LEFT_OUT[name]}" if name in LEFT_OUT else ""
-                known = ", ".join(ARMS)
-                raise InputError(f"algorithms: {name!r} is not one of {known}{reason}")
-        if len(self.seeds) < 2 or self.held_out < 2:
-            raise InputError(f"seeds {self.seeds}: an interval needs two seeds and two prompts")
+        check_names("algorithms", self.algorithms, ARMS, LEFT_OUT)
+        check_interval(self.seeds, held_out=self.held_out)
         for name in ("prompts", "test_samples", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 1")
@@ -123,10 +116,7 @@ def pair_evidence(run: PairEvidenceRun, folder: Path) -> dict[str, Any]:
     seeds = [_Seed(world, seed) for seed in run.seeds]
     before = [seed.measures(world.params) for seed in seeds]
     result: dict[str, Any] = {
-        "config": to_plain(run),
-        "command": command("preference", run),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
+        **PAGE.begin(run),
         "pairs": [len(seed.pairs) for seed in seeds],
         "pair_scores": [seed.pair_scores for seed in seeds],
         "left_out": dict(LEFT_OUT),
@@ -150,7 +140,7 @@ def pair_evidence(run: PairEvidenceRun, folder: Path) -> dict[str, Any]:
             f"chosen {row['chosen']['mean']:+.2f} ({result['seconds']:.0f} s)",
             flush=True,
         )
-        write_pairs_report(result, folder)
+        PAGE.write(result, folder)
     return result
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-from jaxllm.training.run_folder import write_json, write_text
+from jaxllm.training.evidence import EvidencePage
 
 _COLUMNS = {
     "gain": ("gain of reward", 3),
@@ -19,14 +19,6 @@ _COLUMNS = {
     "rejected": ("rejected, held out", 2),
     "fluency": ("log p of samples under the start", 2),
 }
-
-
-def write_pairs_report(result: dict[str, Any], folder: Path) -> None:
-    """Writes preference.json, preference.md and preference.png to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "preference.json", result)
-    write_text(folder / "preference.md", pairs_markdown(result))
-    plot_pairs(result, folder / "preference.png")
 
 
 def pairs_markdown(result: dict[str, Any]) -> str:
@@ -117,7 +109,7 @@ def _cell(row: dict[str, Any], digits: int) -> str:
     return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
-def plot_pairs(result: dict[str, Any], path: Path) -> None:
+def plot_pairs(result: dict[str, Any]) -> Figure:
     """Draws gain of reward over KL, and log-ratios of chosen and rejected completions."""
     arms = result["arms"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7))
@@ -142,5 +134,7 @@ def plot_pairs(result: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
+
+
+PAGE = EvidencePage("preference", pairs_markdown, plot_pairs, dpi=110)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from jaxllm.preference.evidence_findings import expectations, large_findings, review_findings
 from jaxllm.preference.evidence_tables import (
@@ -22,40 +22,13 @@ from jaxllm.preference.evidence_tables import (
     known_lines,
     table,
 )
-from jaxllm.training.run_folder import to_plain, write_json, write_text
+from jaxllm.training.evidence import EvidencePage
 
 _PARTS = {
     "opinions": "opinions",
     "large": "opinions with more pairs",
     "reviews": "ratings",
 }
-
-
-def write_report(result: dict[str, Any], folder: Path) -> None:
-    """Writes gdpo.json, gdpo.md and gdpo.png to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "gdpo.json", result)
-    write_text(folder / "gdpo.md", evidence_markdown(result))
-    plot_evidence(result, folder / "gdpo.png")
-
-
-def command(name: str, run: Any) -> str:
-    """The command that makes a page: `make evidence` with what differs from the defaults."""
-    changed = _changes(to_plain(run), to_plain(type(run)()))
-    arguments = f" EVIDENCE_ARGS='{' '.join(changed)}'" if changed else ""
-    return f"make evidence NAME={name}{arguments}"
-
-
-def _changes(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "--") -> list[str]:
-    changed = []
-    for name, value in values.items():
-        key = f"{prefix}{name.replace('_', '-')}"
-        if isinstance(value, dict):
-            changed += _changes(value, defaults[name], f"{key}.")
-        elif value != defaults[name]:
-            shown = value if isinstance(value, list) else [value]
-            changed.append(f"{key} {' '.join(map(str, shown))}")
-    return changed
 
 
 def evidence_markdown(result: dict[str, Any]) -> str:
@@ -201,7 +174,7 @@ def _reviews(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
 # -- the picture ---------------------------------------------------------------------------------
 
 
-def plot_evidence(result: dict[str, Any], path: Path) -> None:
+def plot_evidence(result: dict[str, Any]) -> Figure:
     """Draws JS distance and majority bias over the steps of the second stage."""
     panels = []
     if "opinions" in result:
@@ -232,5 +205,7 @@ def plot_evidence(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(handles.values(), handles, loc="lower center", ncols=4, fontsize=7)
     figure.tight_layout(rect=(0, 0.18, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
+
+
+PAGE = EvidencePage("gdpo", evidence_markdown, plot_evidence, dpi=110)

@@ -37,6 +37,7 @@ from jaxllm.preference.reviews import (
     review_records,
 )
 from jaxllm.preference.rows import PreferenceRows, RowConfig
+from jaxllm.training.evidence import check_curve, check_names
 from jaxllm.training.optimizer import OptimizerConfig
 
 QUANTILES = 5
@@ -90,19 +91,12 @@ class ReviewRun:
     rate: float = 5e-4
 
     def __post_init__(self) -> None:
-        for name in self.arms:
-            if name not in REVIEW_ARMS:
-                known = ", ".join(REVIEW_ARMS)
-                raise InputError(f"reviews.arms: {name!r} is not one of {known}")
+        check_names("reviews.arms", self.arms, REVIEW_ARMS)
         if self.test < 2 or self.train < 1:
             raise InputError(
                 f"reviews.train {self.train} and test {self.test}, expected 1 and 2 up"
             )
-        if self.every < 1 or self.sft_steps % self.every or self.steps % self.every:
-            raise InputError(
-                f"reviews.sft_steps {self.sft_steps} and steps {self.steps} are no multiples of "
-                f"every {self.every}"
-            )
+        check_curve(self.every, "reviews.", sft_steps=self.sft_steps, steps=self.steps)
 
 
 def review_evidence(

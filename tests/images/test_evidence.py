@@ -50,5 +50,5 @@ def test_every_structure_is_scored_on_the_same_codes(tmp_path, monkeypatch):
 
 
 def test_one_seed_gives_no_interval():
-    with pytest.raises(InputError, match="an interval needs two or more"):
+    with pytest.raises(InputError, match="an interval needs two seeds"):
         EvidenceRun(seeds=(0,))

@@ -112,7 +112,7 @@ def test_the_smallest_run_writes_its_page(tmp_path, monkeypatch):
     assert headkv_evidence(kept, tmp_path / "out")["settings"] == result["settings"]
     with pytest.raises(InputError, match="made with config.window 4, this run has 5"):
         headkv_evidence(dataclasses.replace(kept, window=5), tmp_path / "out")
-    evidence.write_report(result, tmp_path / "out")
+    evidence.PAGE.write(result, tmp_path / "out")
     page = (tmp_path / "out" / "headkv.md").read_text()
     assert page == evidence_markdown(result)
     for part in ("compressed before any question", "long decoding", "Decode steps", "as bad"):
@@ -223,7 +223,7 @@ def test_nested_intervals_widen_with_the_groups():
 
 def test_bad_runs_are_refused():
     for changes, message in [
-        ({"seeds": (0,)}, "two models"),
+        ({"seeds": (0,)}, "two seeds and two sequences"),
         ({"tasks": ("other",)}, "tasks: 'other'"),
         ({"methods": ("full", "r2")}, "full and uniform"),
         ({"betas": ()}, "betas"),
