@@ -56,10 +56,10 @@ def evidence_markdown(result: dict[str, Any]) -> str:
     lines += [
         "\n## Limits\n",
         "Neither the paper's models nor its data nor its scale; no number here is the paper's. "
-        "Beliefs and their distribution are given. Rejected beliefs are drawn evenly, which the "
-        "closed form assumes and the paper does not state. All topics of the synthetic world are "
-        "seen in training; only their combination with a style is new. GDPO gets p as a label, "
-        "which DPO and SFT do not; the rows with p estimated from the pairs remove that advantage. "
+        "Beliefs are given. Rejected beliefs are drawn evenly, which the closed form assumes and "
+        "the paper does not state. All topics of the synthetic world are seen in training; only "
+        "their combination with a style is new. GDPO gets p as a label, which DPO and SFT do not; "
+        "the arms with p estimated from the pairs remove that advantage. "
         "How far DPO goes depends on beta, steps, rate and reference.",
     ]
     return "\n".join(lines) + "\n"
@@ -189,22 +189,26 @@ def plot_evidence(result: dict[str, Any]) -> Figure:
     if "reviews" in result:
         panels.append(("reviews: JS to the raters", result["reviews"]["arms"], "js"))
     places = {name: place for place, name in enumerate(NAMES)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.4), squeeze=False)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (6 * columns, 4 * lines + 1)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     handles: dict[str, Any] = {}
-    for axis, (title, arms, key) in zip(axes[0], panels, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, arms, key) in zip(axes.flat, panels, strict=False):
         for name, seeds in arms.items():
             if name in ("sft_last", "sft_all"):
                 continue
             steps = [point["step"] for point in seeds[0]["curve"]]
             curves = np.asarray([[point[key] for point in one["curve"]] for one in seeds])
-            place = places[name]
-            colour, style = f"C{place % 10}", "-" if place < 10 else "--"
+            colour, style = f"C{places[name] % 10}", ("-", "--", ":")[places[name] // 10]
             handles[NAMES[name]] = axis.plot(steps, curves.mean(0), style, color=colour)[0]
             axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.1)
         axis.set(xlabel="step of the second stage", title=title)
         axis.grid(alpha=0.3)
-    figure.legend(handles.values(), handles, loc="lower center", ncols=4, fontsize=7)
-    figure.tight_layout(rect=(0, 0.18, 1, 1))
+    figure.legend(handles.values(), handles, loc="lower center", ncols=2 * columns, fontsize=7)
+    figure.tight_layout(rect=(0, 1 / size[1], 1, 1))
     return figure
 
 
