@@ -1,4 +1,4 @@
-"""`jaxllm bench gpu`: training steps on one NVIDIA card, as shares of its peaks.
+"""`jaxllm bench gpu`: training steps and decoding on one NVIDIA card, as shares of its peaks.
 
 Sides run one after the other, each in a process of its own, so that each has the whole memory of
 the card; see `evals/apart.py`. The goals stand beside what is found.
@@ -16,6 +16,7 @@ from jaxllm.errors import InputError
 from jaxllm.evals.apart import Runner, run_apart
 from jaxllm.evals.timing import machine
 from jaxllm.images.bench_gpu import code_model_training
+from jaxllm.kvcompress.bench_gpu import DecodeSetting, bench_decoding
 from jaxllm.models.bench_shapes import DND_XL, LLAMA_1B
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.dnd import DnDConfig
@@ -25,7 +26,10 @@ from jaxllm.training.run_folder import versions
 
 MFU_GOAL = 0.45
 RATIO_GOAL = 1.0
-PARTS = ("dnd", "llama")
+BANDWIDTH_GOAL = 0.7
+PARTS = ("dnd", "llama", "decode")
+DECODED_ROWS = (1, 8, 32, 128)
+PROMPTS = (2048, 8192, 32768)
 
 
 def bench_gpu(
@@ -55,7 +59,12 @@ def bench_gpu(
     training = Found([], {}, [])
     if "dnd" in parts or "llama" in parts:
         training = train(card, repeats, batches, threads, parts)
-    return report(card, repeats, training)
+    decoding = Found([], {}, [])
+    if "decode" in parts:
+        points = tuple((rows, prompt) for rows in batches or DECODED_ROWS for prompt in PROMPTS)
+        setting = DecodeSetting(LLAMA_1B, points, repeats)
+        decoding = bench_decoding(setting, card, threads=threads)
+    return report(card, repeats, training, decoding)
 
 
 def gpu_name() -> str:
@@ -104,13 +113,15 @@ def train(
     return bench_steps(models, card, repeats, run)
 
 
-def report(card: Card, repeats: int, training: Found) -> dict[str, Any]:
+def report(card: Card, repeats: int, training: Found, decoding: Found) -> dict[str, Any]:
     """Returns the result: rows, goals beside what was found, and what was left out and why."""
     return {
         "training": training.rows,
-        "goals": training_goals(training.rows),
-        "left out": training.left_out,
+        "decoding, Llama 1.1B": decoding.rows,
+        "goals": training_goals(training.rows) + decoding_goals(decoding.rows),
+        "left out": training.left_out + decoding.left_out,
         f"largest difference of the first {CHECKED_UPDATES} losses": training.errors,
+        "differences of logits, of their root mean square": decoding.errors,
         "card": card.name,
         "peak TFLOP/s, TB/s": [card.peak_flops / 1e12, card.bandwidth / 1e12],
         "repeats": repeats,
@@ -126,6 +137,17 @@ def training_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         goal("MFU of the Llama's training step", MFU_GOAL, ours),
         goal("training steps beside torch compiled", RATIO_GOAL, ratios),
+    ]
+
+
+def decoding_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As `training_goals`, for full caches."""
+    full = [row for row in rows if row["side"] == "jaxllm, full"]
+    ratios = [row["times torch compiled"] for row in full if row["times torch compiled"]]
+    shares = [row["share of bandwidth"] for row in full if row["batch"] == 1]
+    return [
+        goal("share of bandwidth in decoding, batch 1", BANDWIDTH_GOAL, shares),
+        goal("decoding beside torch compiled", RATIO_GOAL, ratios),
     ]
 
 

@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, nargs="+", help="default: the benchmark's")
     bench.add_argument("--threads", type=int, default=2, help="threads of the torch side")
     bench.add_argument("--output", metavar="MD", help="also write it, as a section of a page")
-    parts = ("dnd", "llama")
+    parts = ("dnd", "llama", "decode")
     bench.add_argument("--parts", nargs="+", choices=parts, help="of gpu: only these")
     bench.add_argument("--peak-tflops", type=float, help="of gpu: dense bfloat16, unknown cards")
     bench.add_argument("--bandwidth", type=float, metavar="TB/S", help="of gpu: of its memory")

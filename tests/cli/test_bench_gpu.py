@@ -13,7 +13,7 @@ from jaxllm.models.code_model import code_model
 from jaxllm.models.decoder import decoder
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.planning.cards import Card
-from jaxllm.training.bench_gpu import COMPILED, LARGEST_ERROR, Timed, Trained, bench_steps
+from jaxllm.training.bench_gpu import COMPILED, LARGEST_ERROR, Found, Timed, Trained, bench_steps
 
 CARD = Card("a card", 1e12, 1e11)
 CODES = DnDConfig(
@@ -89,8 +89,8 @@ def test_utilisation_ratios_and_goals():
     ours, eager, compiled = found.rows
     assert ours["MFU"] == pytest.approx(0.8) and ours["compile s"] == pytest.approx(5)
     assert compiled["jaxllm is faster by"] == eager["jaxllm is faster by"] == pytest.approx(1.2)
-    result = bench_gpu.report(CARD, 3, found)
-    assert [(g["found"], g["met"]) for g in result["goals"]] == [
+    result = bench_gpu.report(CARD, 3, found, Found([], {}, []))
+    assert [(g["found"], g["met"]) for g in result["goals"][:2]] == [
         (pytest.approx(0.8), True),
         (pytest.approx(1.2), True),
     ]
@@ -138,7 +138,13 @@ def test_the_command_reaches_the_parts(monkeypatch):
     monkeypatch.setattr(bench_gpu, "gpu_name", lambda: "NVIDIA L4")
     monkeypatch.setattr(bench_gpu, "bench_steps", lambda models, *rest: asked.extend(models))
     monkeypatch.setattr(bench_gpu, "report", lambda *args: {"asked": len(asked)})
+    decoded = []
+    monkeypatch.setattr(bench_gpu, "bench_decoding", lambda *args, **options: decoded.append(args))
     assert bench_gpu.bench_gpu(repeats=1, batches=[], threads=1) == {"asked": 2}
     assert [model.name for model in asked] == ["DnD-XL, 64 x 256", "Llama 1.1B, 8 x 2048"]
+    ((setting, card),) = decoded
+    assert len(setting.points) == 12 and (128, 32768) in setting.points
+    assert card.name == "NVIDIA L4"
     assert main(["bench", "gpu", "--parts", "llama", "--batch", "2", "4"]) == 0
     assert [model.name for model in asked[2:]] == ["Llama 1.1B, 2 x 2048", "Llama 1.1B, 4 x 2048"]
+    assert len(decoded) == 1
