@@ -1,5 +1,9 @@
 """The GPU benchmark on a CPU with tiny shapes: the same code, another device and other peaks."""
 
+import functools
+import pickle
+
+import numpy as np
 import pytest
 from tiny_runs import quick_compile
 
@@ -8,17 +12,19 @@ from jaxllm.cli.main import main
 from jaxllm.errors import InputError
 from jaxllm.evals.apart import SideFailed
 from jaxllm.images.bench import random_params
+from jaxllm.kvcompress.bench_gpu import our_side
 from jaxllm.models.bench_shapes import DND_XL, LLAMA_1B, llama_shape
 from jaxllm.models.code_model import code_model
 from jaxllm.models.decoder import decoder
 from jaxllm.models.dnd import DnDConfig
 from jaxllm.planning.cards import Card
+from jaxllm.training import bench_gpu as training
 from jaxllm.training.bench_gpu import COMPILED, LARGEST_ERROR, Found, Timed, Trained, bench_steps
 
 CARD = Card("a card", 1e12, 1e11)
 CODES = DnDConfig(
-    codebook_size=11, grid=(2, 3), depth=2, num_classes=3, layers=3, heads=2, dim=16,
-    head_layers=(0, 2), class_dropout=0.0, dropout=0.0,
+    codebook_size=11, grid=(2, 3), depth=2, num_classes=3, layers=2, heads=2, dim=16,
+    head_layers=(0, 1), class_dropout=0.0, dropout=0.0,
 )  # fmt: skip
 TEXT = llama_shape(16, 2, 4, 24, 40, kv_heads=2)
 
@@ -30,14 +36,26 @@ def here(function, *args, environment):
     return function(*args)
 
 
-def test_both_models_train_as_in_torch():
+def test_both_models_train_as_in_torch(monkeypatch):
     pytest.importorskip("transformers")
+    # The losses of this one are compared in tests/training; compiling it once is enough.
+    asked = []
+
+    def our_step(config, params, ids, loss_fn, dtype):
+        asked.append(dtype)
+        return torch_step(llama_model(config, params, 1), ids)
+
+    llama_model = pytest.importorskip("jaxllm.hub.bench_torch").llama_model
+    torch_step = pytest.importorskip("jaxllm.training.bench_torch").TorchStep
+    monkeypatch.setattr(training, "our_step", our_step)
+    monkeypatch.setattr(training, "fresh_params", functools.cache(training.fresh_params))
     with quick_compile():
         found = bench_gpu.train(
             CARD, 2, [2], 1, ["dnd", "llama"],
             code_config=CODES, text_config=TEXT, length=6, device="cpu",
             precision="float32", run=here,
         )  # fmt: skip
+    assert asked == [np.float32]
     names = ["DnD-XL, 2 x 6", "Llama 1.1B, 2 x 6"]
     sides = [(name, side) for name in names for side in ("jaxllm", "torch eager")]
     assert [(row["model"], row["side"]) for row in found.rows] == sides
@@ -60,9 +78,9 @@ def test_half_precision_keeps_float32_parameters():
     from jaxllm.training.bench_torch import TorchUpdates
 
     batch = [torch.arange(24).reshape(2, 6, 2) % 11, torch.arange(2)]
-    losses = []
+    losses, params = [], random_params(CODES)
     for half in (False, True):
-        step = TorchUpdates(CodeLoss(random_params(CODES), CODES), batch, half=half)
+        step = TorchUpdates(CodeLoss(params, CODES), batch, half=half)
         for _ in range(3):
             step()
         losses.append(step.losses)
@@ -145,6 +163,9 @@ def test_the_command_reaches_the_parts(monkeypatch):
     ((setting, card),) = decoded
     assert len(setting.points) == 12 and (128, 32768) in setting.points
     assert card.name == "NVIDIA L4"
+    sides = [part for model in asked for part in (model.ours, model.theirs)]
+    for side in (*sides, functools.partial(our_side, setting, "full")):  # As a process gets it.
+        assert pickle.loads(pickle.dumps(side)).args == side.args
     assert main(["bench", "gpu", "--parts", "llama", "--batch", "2", "4"]) == 0
     assert [model.name for model in asked[2:]] == ["Llama 1.1B, 2 x 2048", "Llama 1.1B, 4 x 2048"]
     assert len(decoded) == 1

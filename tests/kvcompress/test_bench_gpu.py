@@ -1,5 +1,8 @@
 """Decoding against the memory's bandwidth: sides agree, bytes are counted, points are left out."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 from tiny_runs import quick_compile
@@ -13,16 +16,31 @@ from jaxllm.planning.cards import Card
 from jaxllm.training.bench_gpu import COMPILED
 
 CARD = Card("a card", 1e12, 1e11)
-TEXT = llama_shape(16, 1, 4, 24, 40, kv_heads=2)
-SETTING = bench_gpu.DecodeSetting(
-    TEXT, ((2, 32),), 2, "float32", budget=12, checked_prompt=32, prefill_tokens=32
-)
+TEXT = llama_shape(16, 1, 4, 24, 40, kv_heads=1)
+SETTING = bench_gpu.DecodeSetting(TEXT, ((2, 32),), 2, "float32", budget=12, checked_prompt=32)
+
+
+CHUNKED = dataclasses.replace(SETTING, prefill_tokens=32)
+
+
+FRESH = functools.cache(bench_gpu.fresh_params)
+
+
+@pytest.fixture(autouse=True)
+def _made_once(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "fresh_params", FRESH)
 
 
 def here(function, *args, environment):
-    """Runs a side in this process; PyTorch without its compiler, which wants one for C++."""
+    """Runs a side in this process; PyTorch without its compiler, which wants one for C++.
+
+    Of full caches only the comparison runs: how they are timed does not differ from HeadKV.
+    """
+    if function.args[1] == "full":
+        decoded = bench_gpu.our_side(dataclasses.replace(SETTING, points=()), "full")
+        return dataclasses.replace(decoded, rates=[bench_gpu.Rates((0.1, 0.3), CHUNK)])
     if function.func is bench_gpu.their_side:
-        return bench_gpu.their_side(*function.args[:-1], False)
+        return bench_gpu.their_side(CHUNKED, *function.args[1:-1], False)
     return function(*args)
 
 
@@ -37,13 +55,25 @@ def test_three_sides_agree_and_are_timed():
     assert full["times jaxllm, full"] == torch["times torch compiled"] == 1
     assert headkv["GB per token of all rows"] < full["GB per token of all rows"]
     # All weights but the embedding table; a row's 32 prompt tokens, those of the first run, which
-    # is not timed, and half of those of two more runs; keys and values of 2 heads of 4 dims.
-    weights = 16 * 4 * (2 * 4 + 2 * 2) + 3 * 16 * 24 + 3 * 16 + 16 * 40
+    # is not timed, and half of those of two more runs; keys and values of a head of 4 dims.
+    weights = 16 * 4 * (2 * 4 + 2 * 1) + 3 * 16 * 24 + 3 * 16 + 16 * 40
     entries = 32 + CHUNK + (2 * CHUNK + 1) / 2
-    moved = 4 * (weights + 2 * entries * 2 * 2 * 4)
+    moved = 4 * (weights + 2 * entries * 2 * 4)
     assert full["GB per token of all rows"] == pytest.approx(moved / 1e9)
-    seconds = 2 / full["tokens/s"]
-    assert full["share of bandwidth"] == pytest.approx(moved / seconds / 1e11)
+    assert full["tokens/s"] == pytest.approx(2 * CHUNK / 0.2)
+    assert full["share of bandwidth"] == pytest.approx(moved / (0.2 / CHUNK) / 1e11)
+
+
+def test_bytes_of_a_plan():
+    shape = llama_shape(16, 3, 4, 24, 40, kv_heads=2)
+    setting = bench_gpu.DecodeSetting(shape, (), 5, budget=12)
+    kept = bench_gpu.headkv(setting, 64).capacities.sum()
+    # Of each of 6 heads the window of 8 and half of a run of 24, in bfloat16 of 4 dims.
+    entries = kept + 6 * (8 + 12.5)
+    assert bench_gpu.cache_bytes(setting, "headkv", 64, 24) == 2 * entries * 4 * 2
+    everything = dataclasses.replace(setting, budget=64)
+    found = bench_gpu.cache_bytes(everything, "headkv", 64, 24)
+    assert found <= 2 * 6 * (64 + 12.5) * 4 * 2  # No more than the prompt has.
 
 
 def fakes(**changes):
@@ -91,4 +121,4 @@ def test_prompts_run_in_chunks_of_a_power_of_two():
     assert bench_gpu.DecodeSetting(TEXT, (), 1).chunk(1, 32768) == 32768
     assert bench_gpu.DecodeSetting(TEXT, (), 1).chunk(128, 8192) == 1024
     assert bench_gpu.DecodeSetting(TEXT, (), 1).chunk(24, 8192) == 4096
-    assert SETTING.chunk(2, 32) == 16
+    assert CHUNKED.chunk(2, 32) == 16
