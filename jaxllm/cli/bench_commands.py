@@ -18,10 +18,12 @@ class Bench(NamedTuple):
     Attributes:
       run: Takes `repeats`, `batches` and `threads` and returns the result.
       batches: Batch sizes unless others are asked for.
+      options: Further options that `run` takes.
     """
 
     run: Callable[..., dict[str, Any]]
     batches: tuple[int, ...]
+    options: tuple[str, ...] = ()
 
 
 def _dnd(**options: Any) -> dict[str, Any]:
@@ -54,12 +56,20 @@ def _preference(**options: Any) -> dict[str, Any]:
     return bench_preference(**options)
 
 
+def _gpu(**options: Any) -> dict[str, Any]:
+    from jaxllm.cli.bench_gpu import bench_gpu
+
+    return bench_gpu(**options)
+
+
+_GPU_OPTIONS = ("parts", "peak_tflops", "bandwidth")
 BENCHES = {
     "dnd": Bench(_dnd, (1, 4, 16)),
     "decode": Bench(_decode, (1, 8)),
     "train": Bench(_train, (8,)),
     "headkv": Bench(_headkv, (1, 4)),
     "preference": Bench(_preference, (4,)),
+    "gpu": Bench(_gpu, (), _GPU_OPTIONS),
 }
 
 
@@ -69,9 +79,19 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     batches = list(chosen.batches if options.batch is None else options.batch)
     if min(options.repeats, options.threads, *batches) < 1:
         raise InputError("--repeats, --batch and --threads must be at least 1")
+    more = {name: getattr(options, name) for name in _GPU_OPTIONS}
+    for name, value in more.items():
+        if value is not None and name not in chosen.options:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is not an option of bench {options.name}")
     if options.output is not None:
         check_target(Path(options.output))
-    result = chosen.run(repeats=options.repeats, batches=batches, threads=options.threads)
+    result = chosen.run(
+        repeats=options.repeats,
+        batches=batches,
+        threads=options.threads,
+        **{name: more[name] for name in chosen.options},
+    )
     if options.output is not None:
         write_section(Path(options.output), f"jaxllm bench {options.name}", result)
     return result

@@ -133,11 +133,16 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", required=True, metavar="FILE")
 
     bench = add("bench", "Time a system beside what one would use instead.", "bench")
-    bench.add_argument("name", choices=("dnd", "decode", "train", "headkv", "preference"))
+    benches = ("dnd", "decode", "train", "headkv", "preference", "gpu")
+    bench.add_argument("name", choices=benches)
     bench.add_argument("--repeats", type=int, default=7)
     bench.add_argument("--batch", type=int, nargs="+", help="default: the benchmark's")
     bench.add_argument("--threads", type=int, default=2, help="threads of the torch side")
     bench.add_argument("--output", metavar="MD", help="also write it, as a section of a page")
+    parts = ("dnd", "llama", "decode")
+    bench.add_argument("--parts", nargs="+", choices=parts, help="of gpu: only these")
+    bench.add_argument("--peak-tflops", type=float, help="of gpu: dense bfloat16, unknown cards")
+    bench.add_argument("--bandwidth", type=float, metavar="TB/S", help="of gpu: of its memory")
 
     data = add("data", "Describe a bundled data set, or verify its files.", "data")
     data.add_argument("name", nargs="?", help="default: list all")

@@ -48,7 +48,7 @@ def bench_dnd(*, repeats: int, batches: Sequence[int], threads: int) -> dict[str
         "dnd": dnd,
         "flattened": DnDConfig(**DEMO_SHAPE, structure="flat"),  # type: ignore[arg-type]
     }
-    params, torch_side, torch_version, error = _random_params(dnd), None, None, None
+    params, torch_side, torch_version, error = random_params(dnd), None, None, None
     try:
         import torch
 
@@ -104,8 +104,9 @@ def _race(sides: dict[str, Callable[[], None]], repeats: int, batch: int) -> lis
     ]
 
 
-def _random_params(config: DnDConfig) -> Any:
-    params, _ = code_model(config).init(jax.random.key(0))
+def random_params(config: DnDConfig) -> Any:
+    """Returns the float32 parameters that every side of a benchmark starts from."""
+    params, _ = jax.jit(code_model(config).init)(jax.random.key(0))
     shape = params["head_out"].shape  # Zero heads would make every code equally likely.
     params["head_out"] = 0.05 * jax.random.normal(jax.random.key(1), shape)
     return params
@@ -113,7 +114,7 @@ def _random_params(config: DnDConfig) -> Any:
 
 def _ours(sampler: CodeSampler, config: DnDConfig, batch: int) -> Callable[[], None]:
     """Returns a function that draws one batch, already compiled."""
-    params, classes = _random_params(config), np.arange(batch) % config.num_classes
+    params, classes = random_params(config), np.arange(batch) % config.num_classes
     setting = SamplingConfig(cfg_scale=(1.0,))
     seeds = iter(range(10**6))
 

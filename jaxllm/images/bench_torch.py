@@ -53,11 +53,13 @@ def to_torch(params: Any, config: DnDConfig) -> Weights:
     }
 
 
-def _norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Normalises x [..., D]."""
     return F.rms_norm(x, (x.shape[-1],), scale, 1e-5)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the interleaved pairs of x [..., H] by cos and sin [..., H/2]."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
@@ -74,17 +76,17 @@ class EagerLoop:
         """One layer on one position, [B, D]."""
         w, config = self.weights["blocks"][number], self.config
         cos, sin = self.weights["cos"][position], self.weights["sin"][position]
-        qkv = F.linear(_norm(h, w["attn_norm"]), w["qkv"])
+        qkv = F.linear(rms_norm(h, w["attn_norm"]), w["qkv"])
         q, k, v = qkv.view(len(h), 3, config.heads, -1).unbind(1)
-        self.keys[number, :, :, position] = _rotate(k, cos, sin)
+        self.keys[number, :, :, position] = rotate(k, cos, sin)
         self.values[number, :, :, position] = v
         out = F.scaled_dot_product_attention(
-            _rotate(q, cos, sin)[:, :, None],
+            rotate(q, cos, sin)[:, :, None],
             self.keys[number, :, :, : position + 1],
             self.values[number, :, :, : position + 1],
         )
         h = h + F.linear(out.flatten(1), w["out"])
-        x = _norm(h, w["mlp_norm"])
+        x = rms_norm(h, w["mlp_norm"])
         return h + F.linear(F.silu(F.linear(x, w["gate"])) * F.linear(x, w["up"]), w["down"])
 
     @torch.no_grad()
@@ -102,7 +104,7 @@ class EagerLoop:
                 for number in range(start, end + 1):
                     h = self.block(number, h, position)
                 start = end + 1
-                normal = _norm(h, weights["head_norm"][depth])
+                normal = rms_norm(h, weights["head_norm"][depth])
                 code = choose(position, depth, F.linear(normal, weights["head"][depth]))
                 codes.append(code)
                 if depth + 1 < len(ends):

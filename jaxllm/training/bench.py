@@ -8,7 +8,7 @@ all logits at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,16 +129,22 @@ def larger(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in one | other}
 
 
-def compare_losses(sides: dict[str, Any]) -> dict[str, float]:
+def compare_losses(
+    sides: Mapping[str, Any], largest_error: float = _LARGEST_ERROR
+) -> dict[str, float]:
     """Returns each other side's largest difference from the losses of `jaxllm`, in nats.
 
+    Args:
+      sides: Name -> anything with `losses`.
+      largest_error: What rounding explains.
+
     Raises:
-      InputError: One is more than float32 rounding explains, so that timing would mean nothing.
+      InputError: One is more than that, so that timing would mean nothing.
     """
     ours, errors = np.asarray(sides["jaxllm"].losses), {}
     for name, step in sides.items():
         error = float(np.abs(np.asarray(step.losses) - ours).max())
-        if not error < _LARGEST_ERROR:
+        if not error < largest_error:
             raise InputError(f"{name}: losses {step.losses} differ from {ours}; not timed")
         if name != "jaxllm":
             errors[name] = error
@@ -166,10 +172,16 @@ class Updates:
         return {"step": seconds}
 
 
-def our_step(config: DecoderConfig, params: Tree, ids: np.ndarray, loss_fn: LossFn) -> Updates:
-    """Returns training steps through the functions that a training run uses."""
+def our_step(
+    config: DecoderConfig,
+    params: Tree,
+    ids: np.ndarray,
+    loss_fn: LossFn,
+    dtype: Any = jnp.float32,
+) -> Updates:
+    """Returns training steps, computing in `dtype`, through the functions of a training run."""
     optimizer = make_optimizer(OPTIMIZER, 1000)
-    blueprint = decoder(config, jnp.float32)
+    blueprint = decoder(config, dtype)
     state = new_state(jax.tree.map(jnp.array, params), optimizer, ema=False)
     batch = {
         "tokens": jnp.asarray(ids[:, :-1], jnp.int32),
