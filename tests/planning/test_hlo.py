@@ -88,6 +88,30 @@ def test_replica_groups_in_every_notation():
     assert groups("source_target_pairs={{0,1},{1,2},{2,0},{3,4}}") == [[0, 1, 2], [3, 4]]
 
 
+def test_what_crosses_between_slices_goes_over_the_network():
+    """Two slices: each chip's quarter of the gradient, there and back."""
+    module = parse("""HloModule m
+
+ENTRY %main (a: bf16[1024,64]) -> bf16[1024,64] {
+  %a = bf16[1024,64]{1,0} parameter(0)
+  %after = token[] after-all()
+  %go = (bf16[1024,64]{1,0}, u32[], token[]) send(%a, %after), channel_id=1, \\
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.7_0",\\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %sum = bf16[1024,64]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}
+}
+""")
+    over, inside = find_collectives(module, find_topology("2xv5e:2x2"), (1, 4, 1))
+    assert (over.kind, over.axes, over.members, over.name) == (
+        "all-reduce",
+        "slices",
+        2,
+        "all-reduce.7_0",
+    )
+    assert over.seconds == pytest.approx(2 * 0.5 * 1024 * 64 * 2 / 3.125e9)
+    assert (inside.axes, inside.members) == ("fsdp", 4)
+
+
 def test_a_compiled_loop_is_counted_with_its_trips():
     """A scan of 5 products on 8 devices: the compiler's own count has only one of them."""
     mesh = make_mesh(MeshConfig(2, 2, 2))
