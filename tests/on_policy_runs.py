@@ -2,8 +2,8 @@
 
     JUDGED=FILE python on_policy_runs.py MODEL_FOLDER WORKDIR
 
-trains GRPO on completions sampled at every step, then DPO of adapters on completions sampled once,
-parameters split over two devices; the prompts whose completions are judged are noted in FILE.
+trains GRPO on completions sampled at every step, parameters split over two devices, and makes the
+job of DPO on completions sampled once; the prompts of what is judged are noted in FILE.
 """
 
 import os
@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import jax
 from tiny_preference import low_letters, run_of
 
-from jaxllm.nn.lora import LoraConfig
 from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.parallel.processes import end_together, start_distributed
 from jaxllm.preference.config import OnPolicyData, RuleFeedback
@@ -40,15 +39,15 @@ def judged(prompt, completion):
 
 
 def runs(folder):
-    """Name -> run."""
+    """GRPO, and DPO on completions sampled once."""
     data = replace(DATA, prompts=str(folder / "prompts.jsonl"))
     once = replace(data, refresh="once", select="best_of_n", validation_prompts=0)
-    made = {
-        "grpo": replace(run_of(folder, GRPO(group_size=4, kl_coef=0.01), steps=3), data=data),
-        "dpo": replace(run_of(folder, DPO(), lora=LoraConfig(2)), data=once),
-    }
+    made = (
+        replace(run_of(folder, GRPO(group_size=4, kl_coef=0.01), steps=3), data=data),
+        replace(run_of(folder, DPO()), data=once),
+    )
     feedback, mesh = RuleFeedback(f"{__name__}:judged"), MeshConfig(data=1, fsdp=2)
-    return {name: replace(run, feedback=feedback, mesh=mesh) for name, run in made.items()}
+    return [replace(run, feedback=feedback, mesh=mesh) for run in made]
 
 
 def main(folder, workdir):
@@ -56,8 +55,9 @@ def main(folder, workdir):
     jax.config.update("jax_default_matmul_precision", "highest")
     start_distributed()
     with end_together():
-        for name, run in runs(folder).items():
-            train(preference_job(run, workdir / name), workdir / name)
+        every_step, once = runs(folder)
+        train(preference_job(every_step, workdir / "grpo"), workdir / "grpo")
+        preference_job(once, workdir / "dpo")
 
 
 if __name__ == "__main__":

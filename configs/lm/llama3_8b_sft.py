@@ -3,7 +3,7 @@ r"""Llama 3 8B fine-tuned on `messages`, with the loss on the assistant's turns.
     python train/lm.py configs/lm/llama3_8b_sft.py --data.file data/chat.jsonl \
         --workdir runs/llama3_8b_sft
 
-Hardware: meant for v5e:4x8 (32 chips), neither planned nor run here. Time: not measured.
+Hardware: planned for v5e:4x8 (32 chips), see docs/tpu.md, and not run here. Time: not measured.
 Expected metric: none published for this data. `weights/Meta-Llama-3-8B-Instruct` is a folder of
 Hugging Face: config.json, safetensors, tokenizer and chat template.
 """

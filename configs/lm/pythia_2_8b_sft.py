@@ -3,7 +3,7 @@ r"""Pythia 2.8B (arXiv:2304.01373) fine-tuned on prompts with completions.
     python train/lm.py configs/lm/pythia_2_8b_sft.py --data.file data/sft.jsonl \
         --workdir runs/pythia_2_8b_sft
 
-Hardware: meant for v5e:4x4 (16 chips), neither planned nor run here. Time: not measured.
+Hardware: planned for v5e:4x4 (16 chips), see docs/tpu.md, and not run here. Time: not measured.
 Expected metric: none published for this data. `weights/pythia-2.8b` is the folder of Hugging Face.
 """
 

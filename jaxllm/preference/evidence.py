@@ -141,13 +141,17 @@ def gdpo_evidence(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
       InputError: A part to be kept that was made with other settings.
     """
     result = _kept(run, folder)
-    for name, part in (("opinions", opinion_evidence), ("reviews", _reviews)):
-        if name not in run.parts:
-            continue
+    for name in run.parts:
         began = time.perf_counter()
-        result[name] = part(run)
-        result[name]["seconds"] = round(time.perf_counter() - began, 1)
-        write_report(result, folder)
+
+        def save(found: dict[str, Any], name: str = name, began: float = began) -> None:
+            result[name] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+            write_report(result, folder)
+
+        if name == "opinions":
+            save(opinion_evidence(run))
+        else:
+            review_evidence(run.reviews, run.seeds, save)
     # A part that was never run does not pass.
     gates_met = result.get("opinions", {}).get("gates", [])
     result["passed"] = bool(gates_met) and all(gate["passed"] for gate in gates_met)
@@ -177,10 +181,6 @@ def _kept(run: OpinionEvidenceRun, folder: Path) -> dict[str, Any]:
             "parts do not belong together; run all parts"
         )
     return {**fresh, **{name: old[name] for name in others if name in old}}
-
-
-def _reviews(run: OpinionEvidenceRun) -> dict[str, Any]:
-    return review_evidence(run.reviews, run.seeds)
 
 
 def opinion_evidence(run: OpinionEvidenceRun) -> dict[str, Any]:

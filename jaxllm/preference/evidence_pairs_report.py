@@ -132,7 +132,7 @@ def plot_pairs(result: dict[str, Any], path: Path) -> None:
         right.plot(found["chosen"]["mean"], -place, "o", color="C0", ms=4)
         right.plot(found["rejected"]["mean"], -place, "x", color="C3", ms=4)
     left.axhline(0, color="grey", lw=0.8)
-    left.set(xscale="symlog", xlabel="KL of policy to start, nats per completion")
+    left.set(xscale="log", xlabel="KL of policy to start, nats per completion")
     left.set_title("gain of reward")
     right.axvline(0, color="grey", lw=0.8)
     right.set_yticks([-place for place in range(len(arms))], _ranked(arms), fontsize=7)

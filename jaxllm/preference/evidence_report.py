@@ -190,8 +190,9 @@ def _reviews(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
         "\nMargin and accuracy: log-ratio to the start of the chosen minus the rejected sentence "
         "behind one belief, on test snippets, with sentences of the training snippets.",
     ]
-    if found := _review_findings(part):
-        lines += ["\n### What came out\n", *found]
+    lines += ["\n### What came out\n", *_review_findings(part)]
+    if missing := [name for name in config["arms"] if name not in part["arms"]]:
+        lines.append(f"\nNot run: {', '.join(NAMES[name] for name in missing)}.")
     return lines
 
 

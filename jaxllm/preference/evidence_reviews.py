@@ -10,7 +10,7 @@ their shares; `lines` estimates it by drawing as many raters again from the shar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,9 +58,9 @@ REVIEW_ARMS: Mapping[str, ReviewArm] = {
     "sft_continued": ReviewArm(SFT(), paired=False),
     "dpo_0.1": ReviewArm(DPO(), "different"),
     "gdpo": ReviewArm(GroupDistributionalPO()),
-    "gdpo_fair": ReviewArm(GroupDistributionalPO(), estimated=True),
     "kl_nll": ReviewArm(GroupDistributionalPO(preference_weight=0.0), paired=False),
     "bdpo": ReviewArm(GroupDistributionalPO(kl_weight=0.0, nll_weight=0.0)),
+    "gdpo_fair": ReviewArm(GroupDistributionalPO(), estimated=True),
 }
 
 
@@ -71,7 +71,7 @@ class ReviewRun:
     model: str = "bundled:stories260K"
     source: Source = "movie"
     arms: tuple[str, ...] = tuple(REVIEW_ARMS)
-    train: int = 768
+    train: int = 512
     """Snippets of the pairs."""
     test: int = 256
     """Other snippets, of the measures."""
@@ -82,11 +82,11 @@ class ReviewRun:
     pairs: int = 10
     """N: floor(N p_b) pairs accept belief b, for every snippet."""
     batch: int = 16
-    sft_steps: int = 250
-    steps: int = 100
+    sft_steps: int = 200
+    steps: int = 75
     every: int = 25
     """Steps between two points of the curves."""
-    sft_rate: float = 1e-3
+    sft_rate: float = 2e-3
     rate: float = 5e-4
 
     def __post_init__(self) -> None:
@@ -105,8 +105,13 @@ class ReviewRun:
             )
 
 
-def review_evidence(run: ReviewRun, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Returns curves and measures of every arm by seed, and distances of known predictors."""
+def review_evidence(
+    run: ReviewRun, seeds: tuple[int, ...], save: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Returns curves and measures of every arm by seed, and distances of known predictors.
+
+    `save` gets the result after every arm.
+    """
     world = _ReviewWorld(run)
     studies = [_ReviewStudy(world, seed) for seed in seeds]
     result: dict[str, Any] = {
@@ -121,6 +126,8 @@ def review_evidence(run: ReviewRun, seeds: tuple[int, ...]) -> dict[str, Any]:
         result["arms"][name] = [study(name) for study in studies]
         last = " ".join(f"{np.mean(one['js']):.3f}" for one in result["arms"][name])
         print(f"reviews, {name}: JS distance {last}", flush=True)
+        if save is not None:
+            save(result)
     return result
 
 

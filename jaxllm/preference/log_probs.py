@@ -273,7 +273,7 @@ def statistics(
         margins = batch["margin"][:, None] if "margin" in batch else None
         return PairStats(
             chosen=first,
-            rejected=slot(1),
+            rejected=_with_prompt(slot(1), policy, batch),
             target=slot(shape.slots - 1 - shape.mismatched) if shape.supervised else None,
             objective_margins=margins,
             beliefs=beliefs,

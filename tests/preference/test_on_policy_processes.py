@@ -5,9 +5,11 @@ from pathlib import Path
 
 import on_policy_runs
 import pytest
+import tiny_runs
 from tiny_preference import go, write_folder, write_rows
 
 from jaxllm.data.records import read_jsonl
+from jaxllm.preference.job import preference_job
 from jaxllm.training.log import read_metrics
 
 SCRIPT = Path(on_policy_runs.__file__)
@@ -29,18 +31,17 @@ def trained(tmp_path_factory, nursery):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUDGED", str(base / "judged"))
-        for name, run in on_policy_runs.runs(base).items():
-            go(run, base / "one" / name, devices=2)
-    codes = [child.wait(120) for child in children]
+        every_step, once = on_policy_runs.runs(base)
+        go(every_step, base / "one" / "grpo", devices=2)
+        with tiny_runs.quick_compile():
+            preference_job(once, base / "one" / "dpo")
+    codes = [child.wait(240) for child in children]
     assert codes == [0, 0], [child.log.read_text() for child in children]
     return base, [child.printed for child in children]
 
 
-@pytest.mark.parametrize("name", ["grpo", "dpo"])
-def test_two_processes_give_the_numbers_of_one(trained, name):
-    one, two = (
-        read_metrics(trained[0] / count / name / "metrics.jsonl") for count in ("one", "two")
-    )
+def test_two_processes_give_the_numbers_of_one(trained):
+    one, two = (read_metrics(trained[0] / count / "grpo/metrics.jsonl") for count in ("one", "two"))
     assert len(one) == len(two) >= 2
     for row, wanted in zip(two, one, strict=True):
         row, wanted = ({k: v for k, v in r.items() if "per_second" not in k} for r in (row, wanted))

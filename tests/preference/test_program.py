@@ -20,9 +20,10 @@ from jaxllm.preference.listwise import PlackettLuceDPO
 from jaxllm.preference.offline import open_files
 from jaxllm.preference.pairwise import DPO
 from jaxllm.preference.pairwise_tokens import LengthDesensitisedDPO
-from jaxllm.preference.pointwise import KTO
+from jaxllm.preference.pointwise import BCO, KTO
 from jaxllm.preference.policy import open_policy
 from jaxllm.preference.program import planned_program
+from jaxllm.preference.reference_free import SLiC
 from jaxllm.training.loop import abstract_state
 
 BELIEFS = [
@@ -52,6 +53,9 @@ def folder(tmp_path_factory):
     write_rows(root / "pairs.jsonl", PAIRS)  # A margin would be an array more.
     write_rows(root / "beliefs.jsonl", BELIEFS)
     write_rows(root / "lists.jsonl", LISTS)
+    write_rows(root / "targets.jsonl", [{**pair, "target": " fine"} for pair in PAIRS])
+    labels = [{"prompt": f"{n}", "completion": "!", "label": n % 2} for n in range(8)]
+    write_rows(root / "ratios.jsonl", [{**row, "density_ratio": 0.5} for row in labels])
     return root
 
 
@@ -74,8 +78,10 @@ def shapes(tree):
         (LengthDesensitisedDPO(), {"reference": PrecomputedReference()}),
         (GroupDistributionalPO(), {"data": {"file": "beliefs.jsonl", "max_beliefs": 3}}),
         (PlackettLuceDPO(), {"data": {"file": "lists.jsonl", "max_list": 3}}),
+        (SLiC(regulariser="target"), {"data": {"file": "targets.jsonl"}}),
+        (BCO(density_weights=True), {"data": {"file": "ratios.jsonl"}}),
     ],
-    ids=["padded", "packed", "mismatched", "precomputed", "beliefs", "lists"],
+    ids="padded packed mismatched precomputed beliefs lists targets ratios".split(),
 )
 def test_the_planned_batch_is_that_of_the_job(algorithm, options, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
