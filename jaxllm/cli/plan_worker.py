@@ -28,6 +28,7 @@ from jaxllm.planning.topologies import find_topology
 from jaxllm.planning.worker import serve
 from jaxllm.preference.config import AdaptersOff, PreferenceRun
 from jaxllm.preference.program import planned_program
+from jaxllm.training.job import Program
 from jaxllm.training.language_model import LanguageModelRun, language_model_program
 from jaxllm.training.run_folder import load_config, override
 
@@ -42,23 +43,15 @@ def training_program(config: Any, mesh: Mesh) -> Planned:
         tokens = config.data.batch_size * config.data.row_length
         flops = decoder_flops(config.model, tokens, config.data.row_length)
         program = language_model_program(config)
-        return training_step(
-            program,
-            mesh,
-            model_flops=TRAINING * flops,
-            tokens=tokens,
-            expected=_scores(config, config.model.vocab_size, config.model.dim, tokens, mesh),
+        return _causal_step(
+            config, program, mesh, TRAINING * flops, tokens, config.model.vocab_size
         )
     if isinstance(config, CodeModelRun):
         images = config.data.batch_size
         flops = code_model_flops(config.model, images)
         program, tokens = code_model_program(config), images * config.model.cells
-        return training_step(
-            program,
-            mesh,
-            model_flops=TRAINING * flops,
-            tokens=tokens,
-            expected=_scores(config, config.model.codebook_size, config.model.dim, tokens, mesh),
+        return _causal_step(
+            config, program, mesh, TRAINING * flops, tokens, config.model.codebook_size
         )
     if isinstance(config, RQTransformerRun):
         return training_step(code_model_program(config), mesh)
@@ -80,19 +73,39 @@ def _preference_step(config: PreferenceRun, mesh: Mesh) -> Planned:
     flops = passes * decoder_flops(policy.config, rows * length, length)
     if policy.keeps_reference or isinstance(policy.reference, AdaptersOff):
         flops += decoder_flops(policy.reference_config, rows * length, length)
-    return training_step(
-        program,
-        mesh,
-        model_flops=flops,
-        tokens=rows * length,
-        expected=_scores(config, policy.config.vocab_size, policy.config.dim, rows * length, mesh),
-    )
+    vocabulary, width = policy.config.vocab_size, policy.config.dim
+    return _causal_step(config, program, mesh, flops, rows * length, vocabulary, width)
 
 
-def _scores(config: Any, vocabulary: int, width: int, tokens: int, mesh: Mesh) -> Expected:
-    """What the step of a causal model over a vocabulary is checked against."""
+def _causal_step(
+    config: Any,
+    program: Program,
+    mesh: Mesh,
+    flops: float,
+    tokens: int,
+    vocabulary: int,
+    width: int | None = None,
+) -> Planned:
+    """The step of a causal model over a vocabulary, and what it is checked against.
+
+    Args:
+      config: The run's.
+      program: What it compiles.
+      mesh: In context.
+      flops: Of a step by formula, over all chips.
+      tokens: Of a step, over all chips.
+      vocabulary: Ids, V.
+      width: D, None for that of the config's model.
+    """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
-    return Expected(vocabulary, width, tokens // ways, mesh.shape["tensor"], kernel=True)
+    expected = Expected(
+        vocabulary,
+        config.model.dim if width is None else width,
+        tokens // ways,
+        mesh.shape["tensor"],
+        kernel=True,
+    )
+    return training_step(program, mesh, model_flops=flops, tokens=tokens, expected=expected)
 
 
 def decode_program(config: Any, mesh: Mesh, options: dict[str, Any]) -> Planned:

@@ -48,7 +48,8 @@ class PlainSide:
             state = jax.block_until_ready(self._prompt(self.weights, self.ids))
 
         def decode() -> None:
-            self.tokens = jax.block_until_ready(self._loop(self.weights, state))
+            nonlocal state
+            *state, self.tokens = jax.block_until_ready(self._loop(self.weights, tuple(state)))
 
         return {"prefill": seconds_of(prefill), "decode": seconds_of(decode)}
 
@@ -58,7 +59,10 @@ class PlainSide:
         caches = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in weights["layers"]]
         return self._forward(weights, ids, caches, jnp.int32(0))
 
-    def _decode(self, weights: Tree, state: tuple[jax.Array, list[Any]]) -> jax.Array:
+    def _decode(
+        self, weights: Tree, state: tuple[jax.Array, list[Any]]
+    ) -> tuple[jax.Array, list[Any], jax.Array]:
+        """Returns logits and caches, which take the donated ones' place, and the tokens."""
         logits, caches = state
         drawn = jnp.zeros((len(logits), self.new_tokens), jnp.int32)
 
@@ -69,7 +73,7 @@ class PlainSide:
             start = self.ids.shape[1] + i
             return *self._forward(weights, token[:, None], caches, start), drawn
 
-        return jax.lax.fori_loop(0, self.new_tokens, one, (logits, caches, drawn))[2]
+        return jax.lax.fori_loop(0, self.new_tokens, one, (logits, caches, drawn))
 
     def _forward(
         self, weights: Tree, ids: jax.Array, caches: list[Any], start: jax.Array

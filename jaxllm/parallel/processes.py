@@ -8,8 +8,10 @@ to the others, and a process that fails says so before it ends: the others would
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -30,6 +32,8 @@ _POLL = 0.25
 _LINGER = 5.0
 # Seconds in which a process that fails has told so, before others notice that it has gone.
 _TOLD_WITHIN = 2.0
+# Set when this process has said why it ends.
+_leaving = threading.Event()
 
 
 def start_distributed(mode: Literal["auto", "on", "off"] = "auto", *, lost_after: int = 20) -> None:
@@ -128,7 +132,8 @@ def end_together() -> Iterator[None]:
     traceback), tells the other processes, which name this one and its reason, and ends the process
     without waiting for collectives that will never complete. A process that was killed tells
     nothing: the others notice by a collective that fails at once, or by JAX's own heartbeat, see
-    `start_distributed`. With one process, nothing is changed.
+    `start_distributed`, at which JAX aborts the process; that too ends with a line that says so.
+    With one process, nothing is changed.
     """
     if jax.process_count() == 1:
         yield
@@ -136,16 +141,46 @@ def end_together() -> Iterator[None]:
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(over,), name="end_together", daemon=True)
     watch.start()
-    try:
-        yield
-    except BaseException as error:
-        over.set()
-        watch.join(1.0)  # It may have news, and is then about to end this process.
-        if _is_lost_connection(error):
-            _wait_for_reason()
-        _end(*_reason(error))
+    with _last_words():
+        try:
+            yield
+        except BaseException as error:
+            over.set()
+            watch.join(1.0)  # It may have news, and is then about to end this process.
+            if _is_lost_connection(error):
+                _wait_for_reason()
+            _end(*_reason(error))
     over.set()
     watch.join()
+
+
+@contextlib.contextmanager
+def _last_words() -> Iterator[None]:
+    """Says in one line how it goes on where JAX aborts the process, and makes that an exit code.
+
+    JAX calls abort() from a thread of its own when it misses a process. Python's signal handlers
+    run in the main thread only, which waits in a collective, so this is a handler of C's.
+    """
+    number, count = jax.process_index(), jax.process_count()
+
+    def said(_: int) -> None:
+        if not _leaving.is_set():
+            print(
+                f"error: process {number} of {count} was aborted by the runtime (see above; most "
+                "often it has lost another process); the same command resumes",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)
+
+    install = ctypes.CDLL(None).signal
+    install.restype, install.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(said)
+    before = install(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        install(signal.SIGABRT, before)
 
 
 def _reason(error: BaseException) -> tuple[str, int]:
@@ -201,6 +236,7 @@ def _end(reason: str, code: int) -> None:
 
 
 def _leave(code: int) -> None:
+    _leaving.set()
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(Exception):

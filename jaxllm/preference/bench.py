@@ -3,12 +3,14 @@
 Policy and frozen reference score chosen and rejected completions, then come backward pass, clipping
 and AdamW, all in float32, on one batch of random tokens and from the same parameters. The losses of
 the first updates are compared before anything is timed. Further sides are ours with each prompt
-held once, and ours with the reference's log-probs computed before the first step. What the
-log-probs take of memory is read off the compiled programs, beside all logits at once.
+held once, ours with the reference's log-probs computed before the first step, and, where TRL is
+installed, a step of its DPOTrainer. What the log-probs take of memory is read off the compiled
+programs, beside all logits at once.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ Tree = Any
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, weight_decay=0.0, clip_norm=1.0)
 ALGORITHM = DPO()
 TORCH = "torch eager, TRL's step with all logits"
+TRL = "TRL's DPOTrainer"
 
 
 def bench_preference(
@@ -87,7 +90,7 @@ def bench_preference(
         f"largest difference of the first {CHECKED_UPDATES} losses": errors,
         "threads of torch": threads,
         **machine(),
-        "versions": versions("torch", "transformers"),
+        "versions": versions("torch", "transformers", "trl"),
     }
 
 
@@ -221,11 +224,18 @@ def _reference_logps(
 def _torch_side(
     config: DecoderConfig, params: Tree, pairs: Sequence[Example], threads: int
 ) -> dict[str, Callable[[], Phases]]:
-    """Returns the side in torch; none where that or transformers is not installed."""
+    """Returns the sides in torch; none where it or transformers is missing, one without TRL."""
     try:
         from jaxllm.hub.bench_torch import llama_model
-        from jaxllm.preference.bench_torch import TorchStep
+        from jaxllm.preference.bench_torch import TorchStep, TrainerStep
     except ImportError:
         return {}
-    policy, reference = (llama_model(config, params, threads) for _ in range(2))
-    return {TORCH: TorchStep(policy, reference, pairs)}
+
+    def step(side: Callable[..., Callable[[], Phases]]) -> Callable[[], Phases]:
+        policy, reference = (llama_model(config, params, threads) for _ in range(2))
+        return side(policy, reference, pairs)
+
+    sides = {TORCH: step(TorchStep)}
+    if importlib.util.find_spec("trl") is not None:
+        sides[TRL] = step(TrainerStep)
+    return sides

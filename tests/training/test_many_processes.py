@@ -224,8 +224,10 @@ def test_the_death_of_one_process_ends_the_other_with_a_reason(story):
     survivor, victim = story.codes["killed"]
     assert victim == -signal.SIGKILL and survivor != 0, story.killed.printed()
     assert story.kill_seconds < 30
-    (line,) = story.killed.said(0).splitlines()[-1:]
-    assert line.startswith("error: process 0 of 2 has lost another process (")
+    # The runtime may say much more, before this line or while others are waited for.
+    (line,) = [line for line in story.killed.said(0).splitlines() if line.startswith("error: ")]
+    # A collective that fails at once, or a missed heartbeat, at which the runtime aborts.
+    assert line.startswith("error: process 0 of 2 ") and " lost another process" in line
     assert line.endswith("the same command resumes")
 
 
