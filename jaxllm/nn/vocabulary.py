@@ -13,6 +13,7 @@ moves both over the links in every chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.nn.linear import rows_times
 from jaxllm.parallel.sharding import AXES, constrain
+
+Tree = Any
 
 
 def vocabulary_logits(
@@ -52,7 +55,6 @@ def token_log_probs(
     kernel: jax.Array,
     targets: jax.Array,
     *,
-    bias: jax.Array | None = None,
     soft_cap: float | None = None,
     chunk: int = 1024,
     with_accuracy: bool = False,
@@ -64,57 +66,113 @@ def token_log_probs(
       kernel: [D, V] output projection.
       targets: int [...] token ids; ids outside [0, V) give the log-probability of a clamped id,
         so callers mask them.
-      bias: [V] or None.
       soft_cap: As in `vocabulary_logits`.
       chunk: Tokens whose logits exist at the same time, on each device where the mesh splits rows.
       with_accuracy: Also return whether each target is the most likely token, bool [...].
     """
     axes = _row_axes(targets)
-    if bias is None and axes:
-        log_probs, correct = _on_mesh(hidden, kernel, targets, soft_cap, chunk, axes)
-    else:
-        log_probs, correct = _in_chunks(hidden, kernel, targets, bias, soft_cap, chunk)
-    if not with_accuracy:
-        return log_probs
-    return log_probs, jax.lax.stop_gradient(correct)
+    split = _splits_inputs(kernel, axes)
+    scored = partial(_log_probs, soft_cap, chunk, axes, split)
+    if axes:
+        rows = P(axes)
+        scored = jax.shard_map(
+            scored,
+            in_specs=(rows, P("fsdp" if split else None), rows),
+            out_specs=(rows, rows),
+            axis_names=set(axes),
+            check_vma=False,
+        )
+    log_probs, correct = scored(hidden, kernel, targets)
+    return (log_probs, jax.lax.stop_gradient(correct)) if with_accuracy else log_probs
 
 
-def _one_chunk(
-    part: jax.Array,
-    kernel: jax.Array,
-    ids: jax.Array,
-    bias: jax.Array | None,
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _log_probs(
     soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities float32 [n] of ids [n] and their being the most likely, bool [n]."""
-    logits = vocabulary_logits(part, kernel, soft_cap)
-    if bias is not None:
-        logits = logits + bias
-    log_probs, correct = _scored(logits, ids)[:2]
-    return log_probs, jax.lax.stop_gradient(correct)
-
-
-def _in_chunks(
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
     hidden: jax.Array,
     kernel: jax.Array,
     targets: jax.Array,
-    bias: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and accuracy of one device's rows; its part of `kernel` [D / fsdp, V].
+
+    Without `axes`, of all rows.
+    """
+    return _log_probs_fwd(soft_cap, chunk, axes, split, hidden, kernel, targets)[0]
+
+
+def _log_probs_fwd(
     soft_cap: float | None,
     chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    whole = _gathered(kernel, hidden.dtype, split)
+
+    def one_chunk(h: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
+        return _scored(vocabulary_logits(h, whole, soft_cap), ids)
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    log_probs, correct, lse = _by_chunks(one_chunk, chunk, flat, targets.reshape(-1))
+    out = log_probs.reshape(targets.shape), correct.reshape(targets.shape)
+    return out, (hidden, kernel, targets, lse)
+
+
+def _log_probs_bwd(
+    soft_cap: float | None,
+    chunk: int,
+    axes: tuple[str, ...],
+    split: bool,
+    kept: tuple[jax.Array, ...],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden, kernel, targets, lse = kept
+    whole = _gathered(kernel, hidden.dtype, split)
+
+    def one_chunk(
+        total: jax.Array, h: jax.Array, ids: jax.Array, by_log_prob: jax.Array, lse: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        logits = vocabulary_logits(h, whole, soft_cap)
+        by_hidden, by_kernel = _gradients(logits, h, whole, ids, by_log_prob, lse, soft_cap)
+        return constrain(total + by_kernel, None, "vocab"), by_hidden
+
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), cotangents[0].reshape(-1), lse
+    nothing = constrain(jnp.zeros(whole.shape, jnp.float32), None, "vocab")
+    total, by_hidden = _through_chunks(one_chunk, nothing, chunk, *flat)
+    if split:
+        total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, tiled=True)
+    # Over axes along which the projection is not split, `shard_map` adds up its gradient itself.
+    return by_hidden.reshape(hidden.shape), total.astype(kernel.dtype), None
+
+
+_log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)
+
+
+def _gradients(
+    logits: jax.Array,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    ids: jax.Array,
+    by_log_prob: jax.Array,
+    lse: jax.Array,
+    soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    flat, ids, tokens = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), targets.size
+    """Returns the gradients of sum_i by_log_prob_i log p(id_i) by hidden [t, D] and kernel [D, V].
 
-    @jax.checkpoint
-    def one_chunk(part: jax.Array, part_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _one_chunk(part, kernel, part_ids, bias, soft_cap)
-
-    if chunk >= tokens:
-        log_probs, correct = one_chunk(flat, ids)
-    else:
-        parts = split_chunks(flat, chunk), split_chunks(ids, chunk)
-        mapped = jax.lax.map(lambda args: one_chunk(*args), parts)
-        log_probs, correct = (join_chunks(part, tokens) for part in mapped)
-    return log_probs.reshape(targets.shape), correct.reshape(targets.shape)
+    By logits it is by_log_prob_i (onehot(id_i) - p).
+    """
+    is_target = jnp.arange(logits.shape[-1]) == _inside(ids, logits)[:, None]
+    by_logits = by_log_prob[:, None] * (is_target - jnp.exp(logits - lse[:, None]))
+    if soft_cap is not None:
+        by_logits *= 1.0 - (logits / soft_cap) ** 2
+    by_logits = by_logits.astype(hidden.dtype)
+    by_hidden = jnp.einsum("tv,dv->td", by_logits, kernel)
+    return by_hidden, jnp.einsum("td,tv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -162,7 +220,7 @@ def weighted_nll(
         return -jnp.sum(weights * log_probs), correct
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, correct = _weighted_nll(
-        flat, kernel, targets.reshape(-1), weights.reshape(-1), soft_cap, min(chunk, len(flat))
+        flat, kernel, targets.reshape(-1), weights.reshape(-1), soft_cap, chunk
     )
     return loss, correct.reshape(targets.shape)
 
@@ -190,29 +248,18 @@ def _weighted_nll_fwd(
     soft_cap: float | None,
     chunk: int,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    tokens = len(hidden)
     cast = kernel.astype(hidden.dtype)
 
-    def one_chunk(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-        h, ids, share = part
+    def one_chunk(
+        total: jax.Array, h: jax.Array, ids: jax.Array, share: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         logits = vocabulary_logits(h, cast, soft_cap)
         log_probs, correct, lse = _scored(logits, ids)
-        is_target = jnp.arange(logits.shape[-1]) == _inside(ids, logits)[:, None]
-        by_logits = share[:, None] * (jnp.exp(logits - lse[:, None]) - is_target)
-        if soft_cap is not None:
-            by_logits *= 1.0 - (logits / soft_cap) ** 2
-        by_logits = by_logits.astype(h.dtype)
-        by_hidden = jnp.einsum("tv,dv->td", by_logits, cast)
-        by_kernel = jnp.einsum("td,tv->dv", h, by_logits, preferred_element_type=jnp.float32)
+        by_hidden, by_kernel = _gradients(logits, h, cast, ids, -share, lse, soft_cap)
         return total + by_kernel, (log_probs, correct, by_hidden)
 
     zeros = jnp.zeros(kernel.shape, jnp.float32)
-    if chunk >= tokens:
-        by_kernel, found = one_chunk(zeros, (hidden, targets, weights))
-    else:
-        parts = tuple(split_chunks(x, chunk) for x in (hidden, targets, weights))
-        by_kernel, mapped = jax.lax.scan(one_chunk, zeros, parts)
-        found = tuple(join_chunks(part, tokens) for part in mapped)
+    by_kernel, found = _through_chunks(one_chunk, zeros, chunk, hidden, targets, weights)
     log_probs, correct, by_hidden = found
     loss = -jnp.sum(weights * log_probs)
     return (loss, correct), (by_hidden, by_kernel.astype(kernel.dtype), log_probs)
@@ -254,6 +301,25 @@ def _leads(logits: jax.Array, ids: jax.Array, picked: jax.Array) -> jax.Array:
     return ~jnp.any(before, axis=-1) & (ids >= 0) & (ids < logits.shape[-1])
 
 
+def _through_chunks(
+    one_chunk: Callable[..., tuple[Tree, Tree]], carry: Tree, chunk: int, *arrays: jax.Array
+) -> tuple[Tree, Tree]:
+    """Scans `one_chunk(carry, *parts) -> (carry, found)` over `chunk` rows of [M, ...] at a time.
+
+    Returns the last carry and what was found, [M, ...].
+    """
+    tokens = len(arrays[0])
+    if chunk >= tokens:
+        return one_chunk(carry, *arrays)
+    parts = tuple(split_chunks(x, chunk) for x in arrays)
+    carry, found = jax.lax.scan(lambda carry, part: one_chunk(carry, *part), carry, parts)
+    return carry, jax.tree.map(lambda x: join_chunks(x, tokens), found)
+
+
+def _by_chunks(one_chunk: Callable[..., Tree], chunk: int, *arrays: jax.Array) -> Tree:
+    return _through_chunks(lambda _, *parts: (None, one_chunk(*parts)), None, chunk, *arrays)[1]
+
+
 def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
     """Pads [M, ...] and cuts it into [chunks, chunk, ...].
 
@@ -282,88 +348,10 @@ def _row_axes(targets: jax.Array) -> tuple[str, ...]:
     return axes if targets.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
-def _on_mesh(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-    soft_cap: float | None,
-    chunk: int,
-    axes: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """`_in_chunks` over the mesh axes that split rows; the vocabulary may be split by others."""
+def _splits_inputs(kernel: jax.Array, axes: tuple[str, ...]) -> bool:
+    """Whether each device of `fsdp` holds some of the projection's input rows."""
     mesh = jax.sharding.get_abstract_mesh()
-    split = "fsdp" in axes and kernel.shape[0] % mesh.shape["fsdp"] == 0
-    rows = P(axes)
-    return jax.shard_map(
-        partial(_local, soft_cap, chunk, axes, split),
-        in_specs=(rows, P("fsdp" if split else None), rows),
-        out_specs=(rows, rows),
-        axis_names=set(axes),
-        check_vma=False,
-    )(hidden, kernel, targets)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _local(
-    soft_cap: float | None,
-    chunk: int,
-    axes: tuple[str, ...],
-    split: bool,
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """One device's rows, and its part of the projection [D or D / fsdp, V]."""
-    whole = _gathered(kernel, hidden.dtype, split)
-    parts = _cut(chunk, targets.size, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    mapped = jax.lax.map(lambda part: _one_chunk(part[0], whole, part[1], None, soft_cap), parts)
-    log_probs, correct = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in mapped)
-    return log_probs, correct
-
-
-def _forward(
-    soft_cap: float | None,
-    chunk: int,
-    axes: tuple[str, ...],
-    split: bool,
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    out = _local(soft_cap, chunk, axes, split, hidden, kernel, targets)
-    return out, (hidden, kernel, targets)
-
-
-def _backward(
-    soft_cap: float | None,
-    chunk: int,
-    axes: tuple[str, ...],
-    split: bool,
-    kept: tuple[jax.Array, ...],
-    cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, None]:
-    hidden, kernel, targets = kept
-    whole = _gathered(kernel, hidden.dtype, split)
-
-    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        def log_probs(h: jax.Array, k: jax.Array) -> jax.Array:
-            return _one_chunk(h, k, part[1], None, soft_cap)[0]
-
-        d_hidden, d_kernel = jax.vjp(log_probs, part[0], whole)[1](part[2])
-        return constrain(total + d_kernel.astype(jnp.float32), None, "vocab"), d_hidden
-
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    parts = _cut(chunk, targets.size, flat, targets.reshape(-1), cotangents[0].reshape(-1))
-    nothing = constrain(jnp.zeros(whole.shape, jnp.float32), None, "vocab")
-    total, d_hidden = jax.lax.scan(body, nothing, parts)
-    if split:
-        total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, tiled=True)
-    # Over axes along which the projection is not split, `shard_map` adds up its gradient itself.
-    d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
-    return d_hidden, total.astype(kernel.dtype), None
-
-
-_local.defvjp(_forward, _backward)
+    return "fsdp" in axes and kernel.shape[0] % mesh.shape["fsdp"] == 0
 
 
 def _gathered(kernel: jax.Array, dtype: jnp.dtype, split: bool) -> jax.Array:
@@ -371,13 +359,3 @@ def _gathered(kernel: jax.Array, dtype: jnp.dtype, split: bool) -> jax.Array:
     if split:
         kernel = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
     return constrain(kernel, None, "vocab")  # What splits the vocabulary goes on doing so.
-
-
-def _cut(chunk: int, tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns arrays [tokens, ...] as [chunks, chunk, ...], padded with zeros."""
-    chunk = min(chunk, tokens)
-    padding = -tokens % chunk
-    return tuple(
-        jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
-        for x in arrays
-    )

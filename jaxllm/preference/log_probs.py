@@ -1,12 +1,13 @@
 """From a model and the rows of `rows.py` to the statistics that the algorithms read.
 
 One forward pass scores all completions of all examples of a batch, chosen and rejected together, in
-any of the three layouts. Log-probs are formed for a chunk of tokens at a time, added up in float32,
-and brought from their place in a row to their slot: example p, slot s. Logits [R, T, V] never
-exist. Policy and reference go through the same functions on the same batch.
+any of the three layouts. Positions that predict no completion are left out where the layout bounds
+how many do. Log-probs are formed for a chunk of tokens at a time, added up in float32, and brought
+from their place in a row to their slot: example p, slot s. Logits [R, T, V] never exist. Policy and
+reference go through the same functions on the same batch.
 
-Letters: P examples, S slots of an example, R rows, T positions of a row, L tokens of a completion,
-M beliefs.
+Letters: P examples, S slots of an example, R rows, T positions of a row, K of them scored, L tokens
+of a completion, M beliefs.
 """
 
 from __future__ import annotations
@@ -139,22 +140,50 @@ def slot_scores(
       need: Which optional statistics to compute.
       reference: The reference and its activations, for `kl`.
     """
-    token_logps: Any = model.token_logprobs(hidden, batch["targets"], chunk=CHUNK)
-    sums = partial(slot_sums, batch, shape)
+    scored, at = batch, None
+    if "prompt_logps" not in need:
+        at = completion_positions(batch, shape)
+    if at is not None:
+        pick = partial(jnp.take_along_axis, indices=at, axis=1)
+        scored = {**batch, **{name: pick(batch[name]) for name in ("targets", "owner", "place")}}
+    last = _at(hidden, at)
+    token_logps: Any = model.token_logprobs(last, scored["targets"], chunk=CHUNK)
+    sums = partial(slot_sums, scored, shape)
     collision = kl = prompt = beliefs = tokens = None
     if "collision" in need or "kl" in need:
-        other = reference if "kl" in need else None
-        collision, kl = vocabulary_sums(model, hidden, other)
+        other = None
+        if "kl" in need and reference is not None:
+            other = reference[0], _at(reference[1], at)
+        collision, kl = vocabulary_sums(model, last, other)
         collision = sums(collision) if "collision" in need else None
         kl = None if kl is None else sums(kl)
     if "prompt_logps" in need:
         prompt = _prompt_sums(batch, token_logps)
     if PER_TOKEN & set(need):
-        tokens = slot_tokens(batch, shape, token_logps)
+        tokens = slot_tokens(scored, shape, token_logps)
     logps = sums(token_logps)
     if "beliefs" in need:
         beliefs = _beliefs(model, hidden, batch, shape, logps)
     return SlotScores(logps, tokens, collision, kl, prompt, beliefs)
+
+
+def completion_positions(batch: Batch, shape: SlotShape) -> jax.Array | None:
+    """Returns the positions that predict a completion, int32 [R, K], filled up with others.
+
+    None where they may be all: in rows of several segments.
+    """
+    rows, length = batch["owner"].shape
+    most = shape.completion_length * len(batch["valid"]) * shape.slots // rows
+    if shape.packed or most >= length:
+        return None
+    elsewhere = batch["owner"] < 0
+    return jnp.argsort(elsewhere, axis=1, stable=True)[:, :most]
+
+
+def _at(hidden: jax.Array, positions: jax.Array | None) -> jax.Array:
+    if positions is None:
+        return hidden
+    return jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
 
 def slot_tokens(batch: Batch, shape: SlotShape, values: jax.Array) -> jax.Array:

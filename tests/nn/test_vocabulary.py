@@ -26,33 +26,26 @@ D, V = 6, 11
 RNG = np.random.default_rng(0)
 HIDDEN = jnp.asarray(RNG.standard_normal((3, 5, D)), jnp.float32)
 KERNEL = jnp.asarray(RNG.standard_normal((D, V)), jnp.float32)
-BIAS = jnp.asarray(RNG.standard_normal(V), jnp.float32)
 TARGETS = jnp.asarray(RNG.integers(V, size=(3, 5)))
 
 
-def full(hidden, kernel, bias, targets=TARGETS):
-    logits = hidden @ kernel + (0.0 if bias is None else bias)
+def full(hidden, kernel, targets=TARGETS, soft_cap=None):
+    logits = vocabulary_logits(hidden, kernel, soft_cap)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 
 # 15 tokens: one by one, with a rest, without one, all at once.
 @pytest.mark.parametrize(
-    ("chunk", "bias"), [(1, None), (4, BIAS), (7, None), (5, BIAS), (99, None)]
+    ("chunk", "soft_cap"), [(1, None), (4, 2.0), (7, None), (5, None), (99, None), (99, 2.0)]
 )
-def test_chunked_equals_full(chunk, bias):
+def test_chunked_equals_full(chunk, soft_cap):
     def weighted(run, *args):
-        log_probs = run(*args)
+        log_probs = run(*args, TARGETS, soft_cap=soft_cap)
         return jnp.sum(jnp.arange(15.0).reshape(3, 5) * log_probs), log_probs
 
-    def chunked(hidden, kernel, bias):
-        return token_log_probs(hidden, kernel, TARGETS, bias=bias, chunk=chunk)
-
-    arguments = (0, 1) if bias is None else (0, 1, 2)
     found, expected = (
-        jax.jit(jax.value_and_grad(partial(weighted, run), arguments, has_aux=True))(
-            HIDDEN, KERNEL, bias
-        )
-        for run in (chunked, full)
+        jax.jit(jax.value_and_grad(partial(weighted, run), (0, 1), has_aux=True))(HIDDEN, KERNEL)
+        for run in (partial(token_log_probs, chunk=chunk), full)
     )
     np.testing.assert_allclose(found[0][1], expected[0][1], atol=1e-5)
     for a, b in zip(found[1], expected[1], strict=True):
@@ -71,7 +64,7 @@ def test_ids_outside_the_vocabulary_are_clamped():
     outside = TARGETS.at[0, 0].set(V + 3).at[2, 4].set(-5)
     inside = TARGETS.at[0, 0].set(V - 1).at[2, 4].set(0)
     found = token_log_probs(HIDDEN, KERNEL, outside, chunk=4)
-    np.testing.assert_allclose(found, full(HIDDEN, KERNEL, None, inside), atol=1e-5)
+    np.testing.assert_allclose(found, full(HIDDEN, KERNEL, inside), atol=1e-5)
 
 
 def test_bfloat16_accumulates_in_float32():
