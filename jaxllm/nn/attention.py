@@ -28,6 +28,8 @@ Implementation = Literal["auto", "xla", "cudnn", "splash"]
 AttendFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _SPLASH_BLOCK = 128
+_XLA_BLOCK, _XLA_BLOCKS = 128, 4
+"""Fewest queries of a block, and the most blocks, of causal attention without a fused kernel."""
 
 
 def attend(
@@ -144,37 +146,87 @@ def _can(implementation: Implementation, q: jax.Array, k: jax.Array, mask: _Mask
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask) -> jax.Array:
+    """Each query's scores at once, for one block of queries after the other.
+
+    A causal block takes only keys that one of its queries sees: four blocks form 5/8 of the scores.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    ahead = keys - queries  # Query t and key t + ahead are at one position.
+    size = max(_XLA_BLOCK, -(-queries // _XLA_BLOCKS)) if mask.causal else queries
+    blocks = []
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        first, last = 0, keys
+        if mask.causal:
+            last = max(stop + ahead, 1)
+        if mask.window is not None:
+            first = max(start + ahead - mask.window + 1, 0)
+        block = _Block(q[:, start:stop], k[:, first:last], v[:, first:last], start, first, ahead)
+        blocks.append(_xla_block(block, mask))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+class _Block(NamedTuple):
+    """Neighbouring queries and keys, and the places of the first of each among all."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    first_query: int
+    first_key: int
+    ahead: int
+
+
+def _xla_block(block: _Block, mask: _Mask) -> jax.Array:
+    q, k, v = block[:3]
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     # Heads before time: both products are then plain batched matrix products.
-    q_BKGTH = q.reshape(batch, queries, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    q_BKRH = q.reshape(batch, queries, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    q_BKRH = q_BKRH.reshape(batch, kv_heads, -1, dim)
     k_BKSH, v_BKSH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum(
-        "bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-    ) * (dim**-0.5)
+    scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, -1, queries, keys) * (dim**-0.5)
     if mask.soft_cap is not None:
         scores = mask.soft_cap * jnp.tanh(scores / mask.soft_cap)
-    key_position = jnp.arange(keys)
+    scores = _masked(scores, block, mask)
+    # Divided by their sum after the product, where they are fewer; the largest is 1 before.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, keys)
+    out = jnp.einsum("bkrs,bksh->bkrh", weights, v_BKSH, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, -1, queries, dim) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim).astype(q.dtype)
+
+
+def _masked(scores: jax.Array, block: _Block, mask: _Mask) -> jax.Array:
+    """Returns scores [B, K, G, T, S], minus infinity where a query does not see a key."""
+    queries, keys = scores.shape[-2:]
+    key_position = block.first_key + jnp.arange(keys)
+
+    def pair(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The ids of the block's queries [B, T, 1] and keys [B, 1, S]."""
+        of_queries = ids[:, block.first_query : block.first_query + queries]
+        return of_queries[:, :, None], ids[:, None, block.first_key : block.first_key + keys]
+
     if mask.causal:
-        query_position = jnp.arange(queries)[:, None] + (keys - queries)
+        query_position = block.first_query + block.ahead + jnp.arange(queries)[:, None]
         seen = key_position <= query_position
         if mask.window is not None:
             seen &= query_position - key_position < mask.window
         scores = jnp.where(seen, scores, -jnp.inf)
     if mask.key_length is not None:
-        lengths = jnp.broadcast_to(jnp.asarray(mask.key_length), (batch,))
+        lengths = jnp.broadcast_to(jnp.asarray(mask.key_length), (len(scores),))
         exists = key_position < lengths[:, None]
         scores = jnp.where(exists[:, None, None, None, :], scores, -jnp.inf)
     if mask.segment_ids is not None:
-        same = mask.segment_ids[:, :, None] == mask.segment_ids[:, None, :]
-        scores = jnp.where(same[:, None, None], scores, -jnp.inf)
+        of_queries, of_keys = pair(mask.segment_ids)
+        scores = jnp.where((of_queries == of_keys)[:, None, None], scores, -jnp.inf)
     if mask.branch_ids is not None:
-        queries_of, keys_of = mask.branch_ids[:, :, None], mask.branch_ids[:, None, :]
-        visible = (keys_of == 0) | (keys_of == queries_of)
+        of_queries, of_keys = pair(mask.branch_ids)
+        visible = (of_keys == 0) | (of_keys == of_queries)
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
+    return scores
 
 
 def _cudnn(

@@ -85,6 +85,37 @@ def test_windows_segments_and_soft_caps_equal_loops(queries, case):
     np.testing.assert_allclose(attend(q, k, v, **given), by_loops(q, k, v, **case), atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [2, 3])
+@pytest.mark.parametrize(
+    ("queries", "case"),
+    [
+        (7, dict()),
+        (3, dict()),
+        (7, dict(lengths=[7, 6])),
+        (4, dict(window=2)),
+        (7, dict(segments=SEGMENTS, window=3, soft_cap=2.0)),
+    ],
+)
+def test_blocks_of_queries_equal_loops(queries, case, block, monkeypatch):
+    monkeypatch.setattr(attention, "_XLA_BLOCK", block)
+    monkeypatch.setattr(attention, "_XLA_BLOCKS", 7)
+    q, k, v = qkv(queries, 7, 4, 2)
+    names = {"segments": "segment_ids", "lengths": "key_length"}
+    given = {names.get(name, name): x for name, x in case.items()}
+    if "key_length" in given:
+        given["key_length"] = jnp.array(given["key_length"])
+    found = jax.jit(partial(attend, causal=True, **given))(q, k, v)
+    np.testing.assert_allclose(found, by_loops(q, k, v, causal=True, **case), atol=1e-5)
+
+
+def test_a_branch_sees_the_trunk_and_itself_in_every_block(monkeypatch):
+    q, k, v = qkv(6, 6, 2, 2, batch=1)
+    run = partial(attend, causal=True, branch_ids=jnp.array([[0, 0, 1, 1, 2, 2]]))
+    whole = jax.jit(run)(q, k, v)
+    monkeypatch.setattr(attention, "_XLA_BLOCK", 2)
+    np.testing.assert_allclose(jax.jit(lambda *x: run(*x))(q, k, v), whole, atol=1e-6)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_xla_equals_the_framework(causal):
     q, k, v = qkv(6, 6, 4, 2)
