@@ -155,3 +155,17 @@ output_to_operand_aliasing={{1}: (1, {})}, calls=%f
 }
 """)
     assert memory_bytes(module) == 2 * 8 * 4
+
+
+def test_the_window_of_a_product_is_in_the_order_of_the_labels_numbers():
+    """Queries, keys and values of five heads as one product, as TPU writes it."""
+    module = parse("""HloModule m
+
+ENTRY %main (x: bf16[2,3,4,1,1], w: bf16[5,3,6,4,1]) -> bf16[2,3,5,3,6] {
+  %x = bf16[2,3,4,1,1]{4,3,2,1,0} parameter(0)
+  %w = bf16[5,3,6,4,1]{4,3,2,1,0} parameter(1)
+  ROOT %y = bf16[2,3,5,3,6]{4,3,2,1,0} convolution(%x, %w), \\
+window={size=3x1x5 pad=2_2x0_0x4_4 rhs_reversal=1x0x1}, dim_labels=1bf20_20oi1->1b20f
+}
+""")
+    assert compiled_flops(module) == 2 * (2 * 3) * 4 * (5 * 3 * 6)
