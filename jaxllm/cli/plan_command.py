@@ -11,7 +11,7 @@ from jaxllm.data.records import check_target
 from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import resolve_shape
 from jaxllm.planning.launch import Launch, render
-from jaxllm.planning.plan import Knobs, Request, search, too_large, what_fits
+from jaxllm.planning.plan import Knobs, Request, search, smallest_that_holds, too_large, what_fits
 from jaxllm.planning.topologies import GIB, Topology, find_topology
 from jaxllm.training.run_folder import load_config, override
 
@@ -95,7 +95,9 @@ def _advice(
     request: Request, topology: Topology, knobs: Knobs | None, figures: dict[str, Any]
 ) -> str:
     line = too_large(figures, topology)
-    found = None if knobs is None else what_fits(request, topology, knobs)
+    if (larger := smallest_that_holds(figures, topology)) is not None:
+        return f"{line}; no knob helps, the smallest slice that holds the state is {larger}"
+    found = None if knobs is None else what_fits(request, topology, knobs, figures)
     if found is None:
         return f"{line}; nothing that was tried fits, take a larger topology or a smaller batch"
     changes, better = found

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxllm.errors import InputError
 from jaxllm.images.classifier import classifier_program
-from jaxllm.images.code_models import code_model_program
+from jaxllm.images.code_models import CHUNK, code_model_program
 from jaxllm.images.config import ClassifierRun, CodeModelRun, RQTransformerRun, TokenizerRun
 from jaxllm.images.tokenizer import tokenizer_program
 from jaxllm.kvcompress.decode import plan_caches
@@ -51,7 +51,7 @@ def training_program(config: Any, mesh: Mesh) -> Planned:
         flops = code_model_flops(config.model, images)
         program, tokens = code_model_program(config), images * config.model.cells
         return _causal_step(
-            config, program, mesh, TRAINING * flops, tokens, config.model.codebook_size
+            config, program, mesh, TRAINING * flops, tokens, config.model.codebook_size, chunk=CHUNK
         )
     if isinstance(config, RQTransformerRun):
         return training_step(code_model_program(config), mesh)
@@ -85,6 +85,7 @@ def _causal_step(
     tokens: int,
     vocabulary: int,
     width: int | None = None,
+    chunk: int = Expected.chunk,
 ) -> Planned:
     """The step of a causal model over a vocabulary, and what it is checked against.
 
@@ -96,12 +97,14 @@ def _causal_step(
       tokens: Of a step, over all chips.
       vocabulary: Ids, V.
       width: D, None for that of the config's model.
+      chunk: Tokens that the loss takes at a time.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     expected = Expected(
         vocabulary,
         config.model.dim if width is None else width,
         tokens // ways,
+        chunk,
         mesh.shape["tensor"],
         kernel=True,
     )

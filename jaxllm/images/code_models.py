@@ -30,6 +30,8 @@ from jaxllm.training.state import TrainState, new_state
 from jaxllm.training.step import Batch, Metrics, make_step
 
 EVAL_BATCH = 64
+CHUNK = 4096
+"""Cells of a chunk of the loss: a codebook has fewer entries than a vocabulary of text."""
 AnyCodeRun = CodeModelRun | RQTransformerRun
 
 
@@ -39,7 +41,7 @@ def code_log_probs(
     class_ids: jax.Array,
     *,
     key: jax.Array | None = None,
-    chunk: int = 4096,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log p of every code given all before it, and whether it was the most likely.
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from jaxllm.planning.collectives import Collective
 from jaxllm.planning.hlo import Array, Module, made_arrays
 
-CHUNK = 1024
-"""Tokens of a chunk of the vocabulary loss; a chip with no more than these has one chunk."""
-
 
 @dataclass(frozen=True)
 class Expected:
@@ -28,6 +25,8 @@ class Expected:
     """D, to tell arrays of tokens by the vocabulary from the parameters."""
     tokens: int | None = None
     """Tokens that one chip scores at a time, all micro-batches apart."""
+    chunk: int = 1024
+    """Tokens of a chunk of the vocabulary loss; a chip with no more than these has one chunk."""
     tensor: int = 1
     """Ways that the vocabulary is split."""
     kernel: bool = False
@@ -62,7 +61,7 @@ def verdicts(
         found["gathers"] = f"{size:.1f} MiB gathered, a layer has {layer_bytes / 1024**2:.1f}"
     if expected.vocabulary is not None and expected.tokens is not None:
         most = most_scored(module, expected)
-        whole = expected.tokens > CHUNK and most >= expected.tokens
+        whole = expected.tokens > expected.chunk and most >= expected.tokens
         found["logits"] = f"of all {most} tokens of a chip" if whole else "holds"
     if expected.kernel and platform_has_kernel:
         found["kernel"] = "holds" if kernels else "plain XLA"

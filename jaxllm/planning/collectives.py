@@ -3,13 +3,17 @@
 Bytes are of the whole array: what an all-gather leaves, what a reduce-scatter starts from. In a
 ring over n chips each of them sends (n - 1)/n of it, twice that in an all-reduce, a quarter of it
 in an all-to-all both ways round; a permute sends all of it over one link.
+
+The program of several slices is that of one of them. What crosses to the others is handed to the
+host, array by array, and shared out among the slices' chips beforehand; here it has the axis
+`slices` and goes as a ring of slices at each chip's share of the network.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +28,17 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\}")
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
+
+
+_SHARES: dict[str, Callable[[int], float]] = {
+    "all-gather": lambda members: (members - 1) / members,
+    "reduce-scatter": lambda members: (members - 1) / members,
+    "all-reduce": lambda members: 2 * (members - 1) / members,
+    "all-to-all": lambda members: 0.25,
+    "collective-permute": lambda members: 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,14 @@ def find_collectives(
     Args:
       module: The compiled program.
       topology: What it was compiled for.
-      mesh_shape: Sizes of the axes data, fsdp and tensor, devices in row-major order.
+      mesh_shape: Sizes of the axes data, fsdp and tensor in one slice, devices in row-major order.
     """
     found: list[Collective] = []
     channels: dict[str, int] = {}
     for computation, line, times in module.instructions():
+        if line.opcode == "send" and times and (between := _BETWEEN.search(line.attributes)):
+            found.append(_between_slices(between[1], line, times, topology))
+            continue
         kind = line.opcode.removesuffix("-start")
         if kind not in KINDS or times == 0:
             continue
@@ -90,6 +107,18 @@ def find_collectives(
         elif times > found[channels[channel]].times:
             found[channels[channel]] = one
     return found
+
+
+def _between_slices(
+    transfer: str, line: Instruction, times: float, topology: Topology
+) -> Collective:
+    """What one chip hands to its host for the chips at its place in the other slices."""
+    kind, nbytes = transfer.lower().replace("_", "-"), line.results[0].nbytes
+    chip, slices = topology.chip, topology.slices
+    rate = math.inf if chip is None or chip.network_bandwidth is None else chip.network_bandwidth
+    share = _SHARES.get(kind, lambda members: 1.0)(slices)
+    name = line.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"') or line.name
+    return Collective(kind, "slices", slices, nbytes, times, times * share * nbytes / rate, name)
 
 
 def summed(collectives: Sequence[Collective]) -> list[Collective]:
@@ -206,12 +235,5 @@ def _outputs(arrays: list[Array]) -> list[Array]:
 
 def ring_seconds(kind: str, nbytes: float, members: int, topology: Topology) -> float:
     """Returns how long one collective takes when nothing else is on the links."""
-    share = {
-        "all-gather": (members - 1) / members,
-        "reduce-scatter": (members - 1) / members,
-        "all-reduce": 2 * (members - 1) / members,
-        "all-to-all": 0.25,
-        "collective-permute": 1.0,
-    }[kind]
     width = 1 if kind == "collective-permute" else members
-    return share * nbytes / topology.ring_bandwidth(width)
+    return _SHARES[kind](members) * nbytes / topology.ring_bandwidth(width)

@@ -140,7 +140,8 @@ def _convolution(line: Instruction, left: Array, right: Array) -> float:
     features = right.shape[kernel.index("i")] / groups
     pairs = 1.0
     window = _window(line.attributes)
-    for place, label in enumerate(x for x in outputs if x.isdigit()):
+    for label in (x for x in outputs if x.isdigit()):
+        place = int(label)  # Windows are in the order of the numbers, whatever the layout's.
         sizes = {key: values[place] for key, values in window.items() if place < len(values)}
         pairs *= _meetings(
             left.shape[inputs.index(label)], out[outputs.index(label)], sizes, line.attributes

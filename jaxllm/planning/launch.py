@@ -53,6 +53,8 @@ class Launch:
     def __post_init__(self) -> None:
         if self.topology.chip is None:
             raise InputError(f"--render needs a TPU topology, not {self.topology.name}")
+        if self.topology.slices > 1:
+            raise InputError(f"--render writes files for one slice, not {self.topology.name}")
 
     @property
     def name(self) -> str:

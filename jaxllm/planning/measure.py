@@ -67,7 +67,8 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
 def _of_text(
     module: Module, topology: Topology, shape: list[int], planned: Planned
 ) -> dict[str, Any]:
-    every = find_collectives(module, topology, shape)
+    # Slices divide the axis `data`, and the text is that of one of them.
+    every = find_collectives(module, topology, [shape[0] // topology.slices, *shape[1:]])
     gathered = [one for one in every if one.kind == "all-gather"]
     largest = max(gathered, key=lambda one: one.nbytes, default=None)
     kernels = flops.kernel_flops(module)

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from jaxllm.errors import InputError
 from jaxllm.parallel.mesh import MeshConfig, resolve_shape
 from jaxllm.planning.roofline import roofline
-from jaxllm.planning.topologies import GIB, Topology
+from jaxllm.planning.topologies import GIB, Topology, find_topology, names
 from jaxllm.planning.worker import ask
 
 
@@ -84,16 +86,88 @@ def candidates(knobs: Knobs, topology: Topology) -> Iterator[tuple[str, ...]]:
 
 
 def what_fits(
-    request: Request, topology: Topology, knobs: Knobs, *, limit: int = 6
+    request: Request,
+    topology: Topology,
+    knobs: Knobs,
+    refused: dict[str, Any],
+    *,
+    limit: int = 6,
 ) -> tuple[tuple[str, ...], dict[str, Any]] | None:
-    """Returns the first candidate that fits with its figures; None when `limit` of them do not."""
-    for number, changes in enumerate(candidates(knobs, topology)):
-        if number == limit:
+    """Returns the first candidate that fits with its figures; None when `limit` of them do not.
+
+    Candidates that cannot fit, going by what did not, are left out.
+
+    Args:
+      request: What does not fit.
+      topology: What it does not fit on.
+      knobs: Of its config.
+      refused: Its figures.
+      limit: Programs to compile, minutes each.
+    """
+    failed: list[tuple[tuple[str, ...], dict[str, Any]]] = [((), refused)]
+    for changes in _shown(list(candidates(knobs, topology))):
+        if len(failed) > limit:
             break
+        if any(_hopeless(changes, knobs, *one) for one in failed):
+            continue
         figures = request.ask(topology, changes)
         if figures["memory"]["fits"]:
             return changes, figures
+        failed.append((changes, figures))
     return None
+
+
+def _hopeless(
+    changes: tuple[str, ...], knobs: Knobs, before: tuple[str, ...], figures: dict[str, Any]
+) -> bool:
+    """Whether changes that only add micro-batches to `before`, or nothing, are too large as well.
+
+    What a step holds besides its state and batch is a constant and a share that shrinks with the
+    rows, so it falls at most as 1/micro-batches.
+    """
+    held, peak = sum(figures["parts"].values()), figures["memory"]["peak"]
+    (mesh, remat, micro), (old_mesh, old_remat, old_micro) = (
+        _apart(one, knobs) for one in (changes, before)
+    )
+    if mesh != old_mesh:
+        return False
+    if held > figures["memory"]["limit"]:
+        return True  # Only another mesh divides the state further.
+    smallest = held + (peak - held) * old_micro / micro
+    return remat == old_remat and smallest > figures["memory"]["limit"]
+
+
+def _apart(changes: tuple[str, ...], knobs: Knobs) -> tuple[tuple[str, ...], bool, int]:
+    """Returns the words of the mesh, whether layers are computed again, and the micro-batches."""
+    words = dict(zip(changes[::2], changes[1::2], strict=True))
+    mesh = tuple(f"{name} {size}" for name, size in words.items() if name.startswith("--mesh."))
+    micro = int(words.get("--optimizer.accumulate", knobs.accumulate or 1))
+    return mesh, "--model.remat" in words, micro
+
+
+def _shown(every: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Yields candidates with a bar on a terminal: each takes minutes."""
+    with tqdm(every, unit=" plans", disable=None) as bar:
+        for changes in bar:
+            bar.set_description(" ".join(changes))
+            yield changes
+
+
+def smallest_that_holds(figures: dict[str, Any], topology: Topology) -> str | None:
+    """Returns the smallest slice whose chips hold the state of a program divided over all of them.
+
+    None where the state is not what is too large, or no slice of these chips holds it.
+    """
+    if topology.chip is None:
+        return None
+    batch = figures["parts"].get("batch", 0.0)
+    held, limit = sum(figures["parts"].values()) - batch, topology.chip.hbm_bytes
+    ways = figures["mesh"]["fsdp"] * figures["mesh"]["tensor"]
+    if held * ways <= limit * topology.chips:
+        return None
+    sizes = [find_topology(name) for name in names() if name.startswith(f"{topology.chip.name}:")]
+    enough = [one for one in sizes if held * ways <= limit * one.chips]
+    return enough[0].name if enough else None
 
 
 def search(
@@ -101,7 +175,7 @@ def search(
 ) -> list[dict[str, Any]]:
     """Returns the effect of every knob as rows of a table, the config itself first."""
     rows = [row("as given", first, topology)]
-    for changes in candidates(knobs, topology):
+    for changes in _shown(list(candidates(knobs, topology))):
         try:
             figures = request.ask(topology, changes)
         except InputError as error:

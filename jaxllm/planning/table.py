@@ -80,10 +80,11 @@ def _collective(one: dict[str, Any]) -> str:
 
 
 def _verdict(one: dict[str, Any]) -> str:
-    failed = [name for name, found in one["checks"].items() if found != "holds"]
+    checks = one.get("checks", {})
+    failed = [name for name, found in checks.items() if found != "holds"]
     if failed:
         return "not " + ", ".join(failed)
-    return ", ".join(one["checks"])
+    return ", ".join(checks) or "-"
 
 
 def _exceptions(results: list[dict[str, Any]]) -> list[str]:
@@ -93,7 +94,7 @@ def _exceptions(results: list[dict[str, Any]]) -> list[str]:
         if "only memory" in one:
             lines.append(f"* {_name(one)}: only memory, `{one['only memory']}`")
             continue
-        for name, found in one["checks"].items():
+        for name, found in one.get("checks", {}).items():
             if found != "holds":
                 lines.append(f"* {_name(one)}, {name}: {found}")
     return [*lines, ""] if lines else []

@@ -2,14 +2,16 @@
 
 Names are `GENERATION:SHAPE` (`v5e:4x4`, `v5p:4x4x8`) or Cloud TPU's accelerator types, which count
 chips for v5e and v6e (`v5litepod-16`, `v6e-64`) and TensorCores, two a chip, for v4 and v5p
-(`v5p-64` is 32 chips). `cpu:N` is N CPU devices, for trying things out.
+(`v5p-64` is 32 chips). `2xv5e:16x16` are two slices of that shape with the data centre's network
+between them. `cpu:N` is N CPU devices, for trying things out.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -44,6 +46,8 @@ class Chip:
     cores: int
     """Units that the accelerator type counts per chip."""
     source: str
+    network_bandwidth: float | None = None
+    """Of the data centre's network, one chip's share; None where it is not published."""
 
 
 CHIPS = {
@@ -57,7 +61,8 @@ CHIPS = {
         Chip(
             "v5e", "v5litepod", 16 * GIB, 197e12, 819e9, 50e9, 2, 16, 8, 1,
             "cloud.google.com/tpu/docs/v5e: 197 TFLOPS, 16 GB at 819 GB/s, 400 GB/s over 4 links "
-            "both ways together",
+            "both ways together, 6.4 Tbit/s of network for 256 chips",
+            6.4e12 / 8 / 256,
         ),
         Chip(
             "v5p", "v5p", 95 * GIB, 459e12, 2765e9, 100e9, 3, 4, 4, 2,
@@ -80,6 +85,9 @@ SHAPES = {
 }  # fmt: skip
 
 
+_SEVERAL = re.compile(r"([2-9]|[1-9]\d+)x(v.+)")
+
+
 @dataclass(frozen=True)
 class Topology:
     """Chips and how they are joined."""
@@ -88,25 +96,32 @@ class Topology:
     shape: tuple[int, ...]
     chip: Chip | None
     """None for CPU devices, of which no rates are known."""
+    slices: int = 1
+    """Of this shape each, with only the data centre's network between them."""
+
+    @property
+    def slice_chips(self) -> int:
+        """Chips of one slice."""
+        return math.prod(self.shape)
 
     @property
     def chips(self) -> int:
         """Chips, which are the devices of a mesh."""
-        return math.prod(self.shape)
+        return self.slice_chips * self.slices
 
     @property
     def hosts(self) -> int:
-        """Machines, each of which runs one process: 4 chips each once there are several."""
-        if self.chip is None or self.chips <= self.chip.chips_per_host:
-            return 1
+        """Machines, each of which runs one process: 4 chips each once a slice has several."""
+        if self.chip is None or self.slice_chips <= self.chip.chips_per_host:
+            return self.slices
         return self.chips // 4
 
     @property
     def accelerator_type(self) -> str | None:
-        """Cloud TPU's name for it, None for CPU devices."""
+        """Cloud TPU's name for a slice, None for CPU devices."""
         if self.chip is None:
             return None
-        return f"{self.chip.accelerator}-{self.chips * self.chip.cores}"
+        return f"{self.chip.accelerator}-{self.slice_chips * self.chip.cores}"
 
     def ring_bandwidth(self, members: int) -> float:
         """Returns the bytes per second that one chip sends in a collective over `members` chips.
@@ -142,6 +157,8 @@ class Topology:
         options: dict[str, Any] = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
         if math.prod(self.shape) < self.chip.chips_per_host:
             options["chips_per_host_bounds"] = (*self.shape, 1, 1)[:3]
+        if self.slices > 1:
+            options["num_slices"] = self.slices
         shape = "x".join(map(str, self.shape))
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{self.chip.name}:{shape}", **options
@@ -167,6 +184,13 @@ def find_topology(name: str) -> Topology:
     kind, _, rest = name.lower().partition(":")
     if kind == "cpu" and rest.isdigit() and int(rest) >= 1:
         return Topology(name.lower(), (int(rest),), None)
+    if several := _SEVERAL.fullmatch(name.lower()):
+        one = find_topology(several[2])
+        if one.chip is None or one.chip.network_bandwidth is None:
+            raise InputError(
+                f"topology {name!r}: of {several[2]} no network between slices is published"
+            )
+        return replace(one, name=f"{several[1]}x{one.name}", slices=int(several[1]))
     known = {one: _of_name(one) for one in names()}
     aliases = {topology.accelerator_type: topology for topology in known.values()}
     aliases |= {

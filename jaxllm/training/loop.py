@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxllm.data.pipeline import Batch
 from jaxllm.data.token_cache import cache_root
 from jaxllm.errors import InputError
-from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.mesh import make_mesh, target_platform
 from jaxllm.parallel.sharding import batch_sharding, like_params, param_shardings, reader
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.job import Job, Program
@@ -32,6 +32,10 @@ from jaxllm.training.state import TrainState, with_params
 from jaxllm.training.step import StepFn, watched_names
 
 __all__ = ["NonFiniteError", "Result", "train"]
+
+# Left to itself, TPU's compiler turns a product with a sharded kernel into one small product a
+# chip, adding each to the whole result in memory. Gathering the kernel moves less: see docs/tpu.md.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 @dataclasses.dataclass
@@ -160,7 +164,11 @@ def jit_step(step: StepFn, state: Any, rows: NamedSharding) -> Any:
       rows: The sharding of its batches.
     """
     return jax.jit(
-        step, in_shardings=(state, rows, None), out_shardings=(state, None), donate_argnums=0
+        step,
+        in_shardings=(state, rows, None),
+        out_shardings=(state, None),
+        donate_argnums=0,
+        compiler_options=TPU_OPTIONS if target_platform() == "tpu" else None,
     )
 
 

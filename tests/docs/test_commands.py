@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli.main import build_parser
+from jaxllm.planning import table
 from jaxllm.training.run_folder import load_config, override
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,9 @@ def check_python(script, *rest):
     assert (ROOT / script).is_file()
     if script == "train/evidence.py":
         assert f'"{rest[0]}"' in (ROOT / script).read_text()
+        return
+    if script == "train/launch/plans.py":
+        assert table.commands((ROOT / rest[0]).read_text())
         return
     config, *rest = rest
     if script == "train/launch/tpu.py":

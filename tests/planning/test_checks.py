@@ -42,6 +42,7 @@ def test_tokens_scored_at_once(shape, tokens):
 def test_parameters_are_no_logits_and_one_chunk_is_whole():
     assert most_scored(parse(TEXT.format(shape="32,1000")), EXPECTED) == 0
     assert judged("512,1000", replace(EXPECTED, tokens=512))["logits"] == "holds"
+    assert judged("4096,1000", replace(EXPECTED, chunk=4096))["logits"] == "holds"
     assert set(judged("8,8", Expected())) == {"gathers"}
 
 

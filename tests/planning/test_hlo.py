@@ -88,6 +88,30 @@ def test_replica_groups_in_every_notation():
     assert groups("source_target_pairs={{0,1},{1,2},{2,0},{3,4}}") == [[0, 1, 2], [3, 4]]
 
 
+def test_what_crosses_between_slices_goes_over_the_network():
+    """Two slices: each chip's quarter of the gradient, there and back."""
+    module = parse("""HloModule m
+
+ENTRY %main (a: bf16[1024,64]) -> bf16[1024,64] {
+  %a = bf16[1024,64]{1,0} parameter(0)
+  %after = token[] after-all()
+  %go = (bf16[1024,64]{1,0}, u32[], token[]) send(%a, %after), channel_id=1, \\
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.7_0",\\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %sum = bf16[1024,64]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}
+}
+""")
+    over, inside = find_collectives(module, find_topology("2xv5e:2x2"), (1, 4, 1))
+    assert (over.kind, over.axes, over.members, over.name) == (
+        "all-reduce",
+        "slices",
+        2,
+        "all-reduce.7_0",
+    )
+    assert over.seconds == pytest.approx(2 * 0.5 * 1024 * 64 * 2 / 3.125e9)
+    assert (inside.axes, inside.members) == ("fsdp", 4)
+
+
 def test_a_compiled_loop_is_counted_with_its_trips():
     """A scan of 5 products on 8 devices: the compiler's own count has only one of them."""
     mesh = make_mesh(MeshConfig(2, 2, 2))
@@ -131,3 +155,17 @@ output_to_operand_aliasing={{1}: (1, {})}, calls=%f
 }
 """)
     assert memory_bytes(module) == 2 * 8 * 4
+
+
+def test_the_window_of_a_product_is_in_the_order_of_the_labels_numbers():
+    """Queries, keys and values of five heads as one product, as TPU writes it."""
+    module = parse("""HloModule m
+
+ENTRY %main (x: bf16[2,3,4,1,1], w: bf16[5,3,6,4,1]) -> bf16[2,3,5,3,6] {
+  %x = bf16[2,3,4,1,1]{4,3,2,1,0} parameter(0)
+  %w = bf16[5,3,6,4,1]{4,3,2,1,0} parameter(1)
+  ROOT %y = bf16[2,3,5,3,6]{4,3,2,1,0} convolution(%x, %w), \\
+window={size=3x1x5 pad=2_2x0_0x4_4 rhs_reversal=1x0x1}, dim_labels=1bf20_20oi1->1b20f
+}
+""")
+    assert compiled_flops(module) == 2 * (2 * 3) * 4 * (5 * 3 * 6)

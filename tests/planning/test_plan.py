@@ -7,7 +7,14 @@ import pytest
 from jaxllm.cli.main import main
 from jaxllm.parallel.mesh import MeshConfig
 from jaxllm.planning import plan, worker
-from jaxllm.planning.plan import Knobs, Request, candidates, search, what_fits
+from jaxllm.planning.plan import (
+    Knobs,
+    Request,
+    candidates,
+    search,
+    smallest_that_holds,
+    what_fits,
+)
 from jaxllm.planning.roofline import roofline
 from jaxllm.planning.topologies import GIB, find_topology
 
@@ -76,18 +83,44 @@ def test_the_first_that_fits_is_named(monkeypatch):
     def ask(module, request, topology):
         asked.append(request["overrides"])
         fits = "full" in request["overrides"]
-        return figures(fits, 12.0 if fits else 24.5)
+        return figures(fits, 12.0 if fits else 24.5, parts={"optimizer": 8.0 * GIB})
 
     monkeypatch.setattr(plan, "ask", ask)
     request, knobs = Request("worker", "c.py", ("--loop.seed", "1")), Knobs(32, MeshConfig(), 1, "")
-    changes, found = what_fits(request, TOPOLOGY, knobs)
+    small = {"parts": {"parameters": 4.0 * GIB, "optimizer": 8.0 * GIB}}
+    changes, found = what_fits(request, TOPOLOGY, knobs, figures(False, 24.5, **small))
     assert changes[-2:] == ("--model.remat", "full") and found["memory"]["peak"] == 12 * GIB
     assert asked[0][:2] == ["--loop.seed", "1"] and len(asked) == 2
-    line = plan.too_large(request.ask(TOPOLOGY), TOPOLOGY)
+    line = plan.too_large(figures(False, 24.5), TOPOLOGY)
     assert "24.50 GiB a chip of 15.75, 8.75 too much (optimizer 16.00, parameters 8.00)" in line
     rows = search(request, TOPOLOGY, knobs, request.ask(TOPOLOGY))
     assert [row["fits"] for row in rows[:3]] == ["no", "no", "yes"]
     assert rows[2]["GiB per chip"] == 12 and rows[2]["bound by"] == "compute"
+
+
+def test_micro_batches_that_cannot_be_enough_are_not_compiled(monkeypatch):
+    """12 GiB are held and 12.5 shrink with the rows, of 15.75: four parts may do, two cannot."""
+    asked = []
+
+    def ask(module, request, topology):
+        asked.append(request["overrides"])
+        return figures(len(asked) == 2, 15.0, **held)
+
+    held = {"parts": {"parameters": 4.0 * GIB, "optimizer": 8.0 * GIB}}
+    monkeypatch.setattr(plan, "ask", ask)
+    request = Request("worker", "c.py", ())
+    knobs = Knobs(128, MeshConfig(1, 16), 1, "full")
+    changes, _ = what_fits(request, TOPOLOGY, knobs, figures(False, 24.5, **held))
+    assert [words[-1] for words in asked] == ["4", "8"] and changes[-1] == "8"
+    assert what_fits(request, TOPOLOGY, knobs, figures(False, 24.5, **held), limit=1) is None
+
+
+def test_a_state_that_is_too_large_names_the_slice_that_holds_it():
+    """24 GiB on each of 16 chips, divided over all of them already, are 384."""
+    divided = figures(False, 24.0, mesh={"data": 1, "fsdp": 8, "tensor": 2})
+    assert smallest_that_holds(divided, TOPOLOGY) == "v5e:4x8"
+    assert smallest_that_holds(figures(False, 24.0), TOPOLOGY) is None  # Each holds all of it.
+    assert smallest_that_holds(divided, find_topology("cpu:8")) is None
 
 
 @pytest.mark.parametrize(

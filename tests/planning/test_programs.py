@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,10 @@ from jaxllm.cli.plan_worker import decode_program, training_program
 from jaxllm.data.text import TextDataConfig
 from jaxllm.errors import InputError
 from jaxllm.images.classifier import classifier_job, classifier_program
+from jaxllm.images.config import AdversarialConfig
+from jaxllm.images.tokenizer import tokenizer_job, tokenizer_program
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.discriminator import DiscriminatorConfig
 from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
@@ -53,6 +57,13 @@ def test_the_abstract_batch_is_that_of_the_job(tmp_path):
     assert shapes(job.batches.batch(0)) == shapes(language_model_program(run).batch)
     job = classifier_job(tiny_runs.classifier(0))
     assert shapes(job.batches.batch(0)) == shapes(classifier_program(tiny_runs.classifier(0)).batch)
+    adversary = AdversarialConfig(weight=0.5, model=DiscriminatorConfig(channels=1, width=8))
+    images = tiny_runs.tokenizer(adversarial=adversary)
+    job, program = tokenizer_job(images), tokenizer_program(images)
+    assert shapes(job.batches.batch(0)) == shapes(program.batch)
+    starts = [jax.eval_shape(one.init, jax.random.key(0)) for one in (job, program)]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*starts)
+    assert set(starts[0].params) == {"tokenizer", "discriminator"}
 
 
 @pytest.fixture(scope="module")

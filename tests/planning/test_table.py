@@ -1,10 +1,16 @@
-"""The page of plans: rows, times and what is said of checks that do not hold."""
+"""The page of plans: its table is that of the results beside it, and its commands are those."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from jaxllm.errors import InputError
 from jaxllm.planning.table import BEGIN, END, commands, seconds, with_table
+from jaxllm.planning.topologies import find_topology
+from jaxllm.training.run_folder import load_config
 
+DOCS = Path(__file__).parents[2] / "docs"
 ONE = {
     "command": "jaxllm plan configs/a/b.py --topology v5e:2x2 --decode 4096 --kv k:budget=8",
     "config": "configs/a/b.py",
@@ -34,3 +40,12 @@ def test_a_row_by_hand():
     assert lines[5].count("|") == lines[2].count("|") and seconds(0.00012) == "0.12 ms"
     with pytest.raises(InputError, match="one"):
         commands("no table")
+
+
+def test_the_committed_page_is_made_of_the_committed_results():
+    page, results = (DOCS / "tpu.md").read_text(), json.loads((DOCS / "tpu_plans.json").read_text())
+    assert with_table(page, results) == page
+    assert [one["command"] for one in results] == commands(page)
+    for one in results:
+        assert find_topology(one["topology"]).chips == one["chips"]
+        assert load_config(DOCS.parent / one["config"]) is not None

@@ -19,6 +19,15 @@ def test_names_of_one_topology():
         )
 
 
+def test_several_slices():
+    two = find_topology("2xv5litepod-16")
+    assert two == find_topology("2xv5e:4x4") and two.name == "2xv5e:4x4"
+    assert (two.slices, two.chips, two.hosts, two.accelerator_type) == (2, 32, 8, "v5litepod-16")
+    assert two.ring_bandwidth(16) == find_topology("v5e:4x4").ring_bandwidth(16)
+    with pytest.raises(InputError, match="v4:2x2x1 no network between slices is published"):
+        find_topology("2xv4:2x2x1")
+
+
 @pytest.mark.parametrize(
     ("name", "near"), [("v5e:4x5", "v5e:4x4"), ("v5litepod-15", "v5litepod-16"), ("v5p-65", "v5p-")]
 )

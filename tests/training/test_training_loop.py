@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from linear_job import BATCH, Numbers, linear_job
 
 from jaxllm.errors import InputError
-from jaxllm.parallel.mesh import MeshConfig
-from jaxllm.parallel.sharding import leaf_paths
+from jaxllm.parallel.mesh import MeshConfig, make_mesh
+from jaxllm.parallel.sharding import batch_sharding, leaf_paths
+from jaxllm.training import loop as training_loop
 from jaxllm.training.checkpoint import finished_steps, read_newest
 from jaxllm.training.job import LoopConfig
 from jaxllm.training.log import Clock, goodput, read_metrics
-from jaxllm.training.loop import NonFiniteError, stop_on_signal, train
+from jaxllm.training.loop import TPU_OPTIONS, NonFiniteError, jit_step, stop_on_signal, train
 
 ONE = MeshConfig(data=1)
 
@@ -321,6 +324,25 @@ def test_the_clock_books_every_moment_once():
     assert clock.total("step", "data") == 16
     shares = {"init": 1, "compile": 4, "data": 3, "step": 7, "checkpoint_eval": 0}
     assert goodput(seconds) == {name: value / 15 for name, value in shares.items()}
+
+
+def test_only_tpu_s_compiler_is_given_its_options(monkeypatch):
+    """The CPU's knows none of them: it compiles the step without, and refuses it with them."""
+    mesh = make_mesh(ONE, jax.devices()[:1])
+
+    def compiled():
+        step = jit_step(
+            lambda state, batch, key: (state + jnp.sum(batch), {}),
+            NamedSharding(mesh, P()),
+            batch_sharding(mesh),
+        )
+        return step.lower(jnp.zeros(()), jnp.zeros(2), jax.random.key(0)).compile()
+
+    with jax.set_mesh(mesh):
+        assert compiled() is not None
+        monkeypatch.setattr(training_loop, "target_platform", lambda: "tpu")
+        with pytest.raises(jax.errors.JaxRuntimeError, match="|".join(TPU_OPTIONS)):
+            compiled()
 
 
 def test_profiler_and_compile_cache_leave_their_files(tmp_path, monkeypatch):

@@ -29,13 +29,18 @@ def main() -> int:
     page: str = options.page.read_text(encoding="utf-8")
     store = options.page.with_name(f"{options.page.stem}_plans.json")
     kept = {one["command"]: one for one in json.loads(store.read_text())} if store.exists() else {}
-    named = commands(page)
+    named, refused = commands(page), []
     for command in named:
         if any(text in command for text in options.only):
             print(command, flush=True)
-            kept[command] = {"command": command, **planned(command)}
+            try:
+                kept[command] = {"command": command, **planned(command)}
+            except InputError as error:
+                refused.append(str(error))
             write_json(store, [kept[one] for one in named if one in kept])
     write_text(options.page, with_table(page, [kept[one] for one in named if one in kept]))
+    if refused:
+        raise InputError("; ".join(refused))
     return 0
 
 
