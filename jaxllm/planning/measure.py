@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,31 +39,53 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
         limit = float(topology.chip.hbm_bytes)
         figures["memory"] = {"fits": False, "peak": held, "limit": limit}
         return figures
+    with tempfile.TemporaryDirectory() as folder:
+        text = _compile(planned, topology, figures, Path(folder))
+    if text is None:
+        return figures
+    module = parse(text)
+    figures |= _of_text(module, topology, shape, planned)
+    figures["flops"]["compiler_says"] = figures.pop("compiler_says")
+    return figures
+
+
+def _compile(
+    planned: Planned, topology: Topology, figures: dict[str, Any], folder: Path
+) -> str | None:
+    """Compiles, adds times and memory to `figures`, and returns the text, None where there is none.
+
+    A libtpu newer than jaxlib may write instructions that jaxlib cannot read back, so the compiler
+    writes the text to a folder as well.
+    """
     start = time.perf_counter()
     lowered = planned.function.lower(*planned.arguments)
     traced = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(
+            compiler_options=None
+            if topology.chip is None
+            else {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        )
     except jax.errors.JaxRuntimeError as error:
         found = memory.refused(str(error))
         if found is None:
             raise
         needed, limit = found
         figures["memory"] = {"fits": False, "peak": needed, "limit": limit}
-        return figures
+        return None
     figures["seconds"] = {"trace": traced - start, "compile": time.perf_counter() - traced}
     figures["memory"] = {"fits": True, **memory.of_compiled(compiled).plain()}
     try:
-        text = compiled.as_text()
+        text: str = compiled.as_text()
+        figures["compiler_says"] = (compiled.cost_analysis() or {}).get("flops")
+        return text
     except jax.errors.JaxRuntimeError as error:
-        # A libtpu newer than jaxlib may write instructions that jaxlib cannot read back.
+        figures["compiler_says"] = None
+        written = sorted(folder.glob("*.after_codegen.txt"), key=lambda file: file.stat().st_size)
+        if written:
+            return written[-1].read_text(encoding="utf-8")
         figures["unread"] = str(error).splitlines()[0]
-        return figures
-    module = parse(text)
-    figures |= _of_text(module, topology, shape, planned)
-    counted = compiled.cost_analysis() or {}
-    figures["flops"]["compiler_says"] = counted.get("flops")
-    return figures
+        return None
 
 
 def _of_text(

@@ -1,6 +1,7 @@
 """What is planned is what runs; its memory and FLOPs are those of arithmetic."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import chex
@@ -115,7 +116,15 @@ def test_text_that_cannot_be_read_leaves_the_memory():
         def as_text(self):
             raise jax.errors.JaxRuntimeError("INTERNAL: 1 operand but sees 3\nmore")
 
-    lowered = SimpleNamespace(compile=Compiled)
+    written = []
+
+    def compiled(compiler_options):
+        for text in written:
+            folder = Path(compiler_options["xla_dump_to"])
+            (folder / "module_0000.jit_step.after_codegen.txt").write_text(text)
+        return Compiled()
+
+    lowered = SimpleNamespace(compile=compiled)
     function = SimpleNamespace(lower=lambda *arguments: lowered)
     mesh = make_mesh(RUN.mesh)
     planned = Planned("step", function, (), {}, 1.0, None, 1.0)
@@ -124,6 +133,18 @@ def test_text_that_cannot_be_read_leaves_the_memory():
     assert roofline(found, find_topology("v5p:2x2x2")) is None
     said = summary("c.py", find_topology("v5p:2x2x2"), {**found, "roofline": None})
     assert said["only memory"] == found["unread"] and "collectives" not in said
+    # What the compiler itself wrote is read in its place.
+    written.append("""HloModule m
+
+ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[4,2]{1,0} parameter(1)
+  ROOT %c = f32[8,2]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+""")
+    found = measure(planned, find_topology("v5p:2x2x2"), mesh)
+    assert "unread" not in found and found["flops"]["products"] == 2 * 8 * 4 * 2
+    assert found["flops"]["compiler_says"] is None
 
 
 def test_windows_and_decoding_by_formula():
