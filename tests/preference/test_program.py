@@ -100,7 +100,10 @@ def test_the_planned_batch_is_that_of_the_job(algorithm, options, folder, tmp_pa
 
 def test_the_planned_step_is_that_of_the_job(folder, tmp_path):
     run = run_of(folder)
-    job, program = preference_job(run, tmp_path / "run"), planned(run)
+    job = preference_job(run, tmp_path / "run")
+    # The job scores as many tokens of a row as its longest completion has, the plan as may be.
+    longest = job.batches.source.completion_length
+    program = planned(replace(run, data=replace(run.data, max_completion=longest)))
 
     def text(part, batch):
         state = jax.eval_shape(part.init, jax.random.key(0))
