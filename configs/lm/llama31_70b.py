@@ -3,7 +3,7 @@ r"""Llama 3.1 70B (arXiv:2407.21783) pre-trained on a JSONL file of `text` recor
     python train/lm.py configs/lm/llama31_70b.py --data.file data/pretrain.jsonl \
         --workdir runs/llama31_70b
 
-Hardware: compiles for v5p:4x8x8 (256 chips), see docs/tpu.md, and was not run. Time: not measured.
+Hardware: planned for v5p:4x8x8 (256 chips), see docs/tpu.md, and not run here. Time: not measured.
 Expected metric: none published for this data.
 
 Shape and peak learning rate are the paper's (Table 3), with the rotary scaling of the released 3.1

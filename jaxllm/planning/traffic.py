@@ -42,7 +42,7 @@ def memory_bytes(module: Module) -> float:
 
 
 def _moved(module: Module, line: Instruction, known: dict[str, Instruction]) -> float:
-    if line.opcode.endswith("-start"):
+    if line.opcode.endswith("-start") or line.opcode == "async-update":
         return _transferred(line, known)
     body = module.computations.get(next(iter(line.called()), ""), [])
     written = _written(line, body, known)
@@ -68,11 +68,15 @@ def _moved(module: Module, line: Instruction, known: dict[str, Instruction]) -> 
 def _transferred(line: Instruction, known: dict[str, Instruction]) -> float:
     """Bytes of a transfer's start, whose results are what it reads, what it writes and flags.
 
-    Of what it reads only as much counts as it writes: a slice, mostly into on-chip memory.
+    Of what it reads only as much counts as it writes: a slice, mostly into on-chip memory, or rows
+    of a table. A sparse core's transfer may start without operands and be handed them by an update.
     """
-    place = 0 if line.opcode == "copy-start" else len(line.operands)
+    operands = line.operands[line.opcode == "async-update" :]
+    if not operands:
+        return 0.0
+    place = 0 if line.opcode == "copy-start" else len(operands)
     target = line.results[min(place, len(line.results) - 1)]
-    source = known.get(line.operands[0])
+    source = known.get(operands[0])
     read = source is None or not source.results[0].on_chip
     return target.nbytes * (int(read) + int(not target.on_chip))
 

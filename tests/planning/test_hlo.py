@@ -169,3 +169,24 @@ window={size=3x1x5 pad=2_2x0_0x4_4 rhs_reversal=1x0x1}, dim_labels=1bf20_20oi1->
 }
 """)
     assert compiled_flops(module) == 2 * (2 * 3) * 4 * (5 * 3 * 6)
+
+
+def test_what_a_sparse_core_gathers_counts_once():
+    """Rows of a table: started without operands, handed over by the update, waited for."""
+    module = parse("""HloModule m
+
+%looked_up (t: bf16[100,4], i: s32[6]) -> bf16[6,4] {
+  %t = bf16[100,4]{1,0} parameter(0)
+  %i = s32[6]{0} parameter(1)
+  ROOT %rows = bf16[6,4]{1,0} custom-call(%t, %i), custom_call_target="gather"
+}, execution_thread="sparsecore"
+
+ENTRY %main (table: bf16[100,4], indices: s32[6]) -> bf16[6,4] {
+  %table = bf16[100,4]{1,0} parameter(0)
+  %indices = s32[6]{0} parameter(1)
+  %start = ((), (), (s32[32]{0}, s32[8]{0:S(8)})) async-start(), calls=%looked_up
+  %go = ((bf16[100,4]{1,0}, s32[6]{0}), bf16[6,4]{1,0}, (s32[32]{0})) async-update(%start, %table, %indices), output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  ROOT %rows.1 = bf16[6,4]{1,0} async-done(%go)
+}
+""")
+    assert memory_bytes(module) == 2 * (6 * 4) * 2
