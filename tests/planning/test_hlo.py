@@ -185,7 +185,8 @@ ENTRY %main (table: bf16[100,4], indices: s32[6]) -> bf16[6,4] {
   %table = bf16[100,4]{1,0} parameter(0)
   %indices = s32[6]{0} parameter(1)
   %start = ((), (), (s32[32]{0}, s32[8]{0:S(8)})) async-start(), calls=%looked_up
-  %go = ((bf16[100,4]{1,0}, s32[6]{0}), bf16[6,4]{1,0}, (s32[32]{0})) async-update(%start, %table, %indices), output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  %go = ((bf16[100,4]{1,0}, s32[6]{0}), bf16[6,4]{1,0}, (s32[32]{0})) async-update(%start, \\
+%table, %indices), output_to_operand_aliasing={{2,0}: (0, {2,0})}
   ROOT %rows.1 = bf16[6,4]{1,0} async-done(%go)
 }
 """)
