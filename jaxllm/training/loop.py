@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
 
         # -- the compiled step ----------------------------------------------------------------
         step_fn = jit_step(job.step, shardings, rows)
+        programs: dict[Any, Callable[..., Any]] = {}
+        """By the shapes of a batch: a curriculum has several."""
         key = jax.random.key(loop.seed + 1)
 
         with Run(job, workdir, checkpoints, start, clock) as run:
@@ -110,9 +113,11 @@ def train(job: Job, workdir: Path, *, devices: list[jax.Device] | None = None) -
                         arrays = to_devices(batch, rows)
                     if step == start:
                         run.watched = watched_names(batch, abstract)
+                    shapes = tuple(x.shape for x in jax.tree.leaves(arrays))
+                    if shapes not in programs:
                         with clock.during("compile"):
-                            compiled = step_fn.lower(state, arrays, key).compile()
-                    state, metrics = profiled(step + 1, compiled, state, arrays, key)
+                            programs[shapes] = step_fn.lower(state, arrays, key).compile()
+                    state, metrics = profiled(step + 1, programs[shapes], state, arrays, key)
                     step += 1
                     run.flush()  # The row of the step before, while the devices work on this one.
                     if due(step, loop.log_every) or step == loop.steps:

@@ -25,6 +25,7 @@ from jaxllm.nn.mlp import MlpConfig
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.planning.flops import decode_flops, decoder_flops
 from jaxllm.planning.measure import measure
+from jaxllm.planning.memory import refused
 from jaxllm.planning.programs import Planned
 from jaxllm.planning.roofline import roofline
 from jaxllm.planning.topologies import find_topology
@@ -104,6 +105,18 @@ def test_no_gather_is_larger_than_a_layer(trained):
     assert {one["axes"] for one in trained["collectives"]} <= {
         "data", "fsdp", "tensor", "data+fsdp", "fsdp+tensor", "data+tensor", "data+fsdp+tensor",
     }  # fmt: skip
+
+
+def test_what_the_compiler_says_of_too_little_memory():
+    gib = 1024**3
+    used = "RESOURCE_EXHAUSTED: Ran out of memory. Used 22.45G of 15.75G hbm. Exceeded by 6.70G."
+    assert refused(used, held=5 * gib) == pytest.approx((22.45 * gib, 15.75 * gib))
+    without_arguments = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (62.17G) exceeds available HBM (512M). HLO module: jit_step."
+    )
+    assert refused(without_arguments, held=5 * gib) == pytest.approx((67.17 * gib, gib / 2))
+    assert refused("INTERNAL: something else", held=0.0) is None
 
 
 def test_text_that_cannot_be_read_leaves_the_memory():
