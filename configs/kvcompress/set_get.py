@@ -31,11 +31,11 @@ def get_config() -> RecallRun:
         ),
         task=task,
         batch_size=32,
-        curriculum=(Stage(SetGetTask(operations=24), until=700),),
+        curriculum=(Stage(SetGetTask(operations=24), until=2000),),
         # A rate that does not fall, and an average instead: the plateau before the model learns to
         # match keys ends late, or never once the rate is low.
         optimizer=OptimizerConfig(
             name="adam", learning_rate=3e-3, beta2=0.999, clip_norm=None, ema_decay=0.99
         ),
-        loop=LoopConfig(steps=800, log_every=100, eval_every=500),
+        loop=LoopConfig(steps=2400, log_every=100, eval_every=500),
     )

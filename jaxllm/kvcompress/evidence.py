@@ -26,6 +26,7 @@ from jaxllm.kvcompress.evidence_checks import causal_check, long_decode, step_ti
 from jaxllm.kvcompress.evidence_report import PAGE
 from jaxllm.kvcompress.evidence_run import (
     HEADS,
+    OWN_SETTINGS,
     PARTS,
     TASKS,
     TEST,
@@ -106,12 +107,14 @@ def _kept(run: CacheEvidenceRun, folder: Path) -> dict[str, Any]:
     if not result:
         empty: dict[str, Any] = {n: [] for n in ("models", "settings", "causal", "long", "times")}
         return {**PAGE.begin(run), "seconds": 0.0, **empty}
-    free = ("parts", "models", "retrain")
+    made_now = [name for part in run.parts for name in OWN_SETTINGS.get(part, ())]
+    free = ("parts", "models", "retrain", *made_now)
+    config = to_plain(run)
     old, new = (
-        {k: v for k, v in config.items() if k not in free}
-        for config in (result["config"], to_plain(run))
+        {k: v for k, v in each.items() if k not in free} for each in (result["config"], config)
     )
     PAGE.check_kept(folder, old, new)
+    result["config"] |= {name: config[name] for name in made_now}
     return result
 
 

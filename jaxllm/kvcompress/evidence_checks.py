@@ -143,8 +143,13 @@ def long_decode(
     scores = [_long_scores(model, task, run.examples) for model in models]
     rows = []
 
-    def row(method: Method, budget: int, every: bool) -> dict[str, Any]:
-        parts = [reader(model.params, batch, method, every) for model in models]
+    def row(methods: Sequence[Method], budget: int, every: bool) -> dict[str, Any]:
+        """Each model under a method made from its own scores."""
+        parts = [
+            reader(model.params, batch, own, every)
+            for model, own in zip(models, methods, strict=True)
+        ]
+        method = methods[0]
         right = np.stack([_by_sequence(part, batch, reader.start) for part in parts])
         interval = nested_interval(right)
         far = [_by_distance(part, batch, reader.start) for part in parts]
@@ -162,7 +167,8 @@ def long_decode(
             "bytes": size,
         }
 
-    rows.append(row(candidates("full", reader.space, 1, {}, ())[0], 0, False))
+    full = candidates("full", reader.space, 1, {}, ())[0]
+    rows.append(row([full] * len(models), 0, False))
     for budget in run.long_budgets:
         chosen: dict[str, float | None] = {}
         names = [m for m in run.methods if m not in ("full", "r2", "adaptive", "duo")]
@@ -184,10 +190,11 @@ def long_decode(
                 )
 
             best = max(range(len(own[0])), key=quality) if len(own[0]) > 1 else 0
-            chosen[name] = own[0][best].option
-            rows.append(row(own[0][best], budget, True))
+            picked = [options[best] for options in own]
+            chosen[name] = picked[0].option
+            rows.append(row(picked, budget, True))
             if name in ("uniform", "er"):
-                rows.append(row(own[0][best], budget, False))
+                rows.append(row(picked, budget, False))
         print(f"set_get b={budget}: {len(names)} methods", flush=True)
     return rows
 

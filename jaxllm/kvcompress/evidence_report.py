@@ -217,13 +217,14 @@ def _causal(result: dict[str, Any]) -> list[str]:
 def _long(result: dict[str, Any]) -> list[str]:
     if not result["long"]:
         return []
+    models = len(result["config"]["long_seeds"])
+    alone = "; intervals are over its sequences alone" if models == 1 else ""
     lines = [
         "## Compression during long decoding (set_get)\n",
         "Answers in the second half of a sequence. `every`: the prompt (first half) is compressed, "
         "and again whenever the ring is full: memory is constant. `prompt only`: what comes after "
         "the prompt is kept, as in the released code, and memory grows; its bytes are those at the "
-        f"end. Models: {len(result['config']['long_seeds'])}; with one, intervals are over its "
-        "sequences alone. Controls are one draw.\n",
+        f"end. Models: {models}{alone}. Controls are one draw.\n",
         "| b | method | mode | accuracy | set 1-16 tokens before | 17-48 | more | bytes | beta |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

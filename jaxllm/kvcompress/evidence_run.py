@@ -20,6 +20,12 @@ TASKS: Mapping[str, Task] = {
     "set_get": SetGetTask(operations=60),
 }
 PARTS = ("compare", "causal", "long", "times")
+OWN_SETTINGS = {
+    "causal": ("zeroed", "zero_draws"),
+    "long": ("long_seeds", "long_budgets"),
+    "times": ("timed_length", "timed_budget"),
+}
+"""What only one part depends on."""
 TEST, VALIDATION, HEADS = 2_000_003, 3_000_017, 4_000_037
 """Seeds of sequences; none is a training seed."""
 
@@ -52,7 +58,7 @@ class CacheEvidenceRun:
     zeroed: tuple[int, ...] = (1, 2, 4, 8)
     """Heads set to zero in the causal check."""
     zero_draws: int = 10
-    long_seeds: tuple[int, ...] = (0,)
+    long_seeds: tuple[int, ...] = (0, 1, 2)
     """Models of the long decoding task."""
     long_budgets: tuple[int, ...] = (2, 4, 8)
     timed_length: int = 2048

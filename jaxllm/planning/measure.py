@@ -40,7 +40,7 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
         figures["memory"] = {"fits": False, "peak": held, "limit": limit}
         return figures
     with tempfile.TemporaryDirectory() as folder:
-        text = _compile(planned, topology, figures, held, Path(folder))
+        text = _compile(planned, topology, figures, Path(folder))
     if text is None:
         return figures
     module = parse(text)
@@ -50,7 +50,7 @@ def measure(planned: Planned, topology: Topology, mesh: Mesh) -> dict[str, Any]:
 
 
 def _compile(
-    planned: Planned, topology: Topology, figures: dict[str, Any], held: float, folder: Path
+    planned: Planned, topology: Topology, figures: dict[str, Any], folder: Path
 ) -> str | None:
     """Compiles, adds times and memory to `figures`, and returns the text, None where there is none.
 
@@ -67,7 +67,7 @@ def _compile(
             else {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
         )
     except jax.errors.JaxRuntimeError as error:
-        found = memory.refused(str(error), held)
+        found = memory.refused(str(error))
         if found is None:
             raise
         needed, limit = found

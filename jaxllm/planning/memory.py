@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-_TEMPORARIES = re.compile(
-    r"for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+_USED = re.compile(
+    r"(?:[Uu]sed|for HLO temporaries) \(?([\d.]+)([KMGT]?)\)? "
+    r"(?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)\)?"
 )
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
@@ -59,16 +59,10 @@ def per_chip(tree: Any) -> float:
     )
 
 
-def refused(message: str, held: float) -> tuple[float, float] | None:
-    """Returns the bytes needed and available when a compiler's error says that they do not fit.
-
-    Args:
-      message: The error.
-      held: Bytes that come in, which one form of the message leaves out.
-    """
-    if found := _USED.search(message):
-        held = 0.0
-    elif not (found := _TEMPORARIES.search(message)):
+def refused(message: str) -> tuple[float, float] | None:
+    """Returns the bytes needed and available when a compiler's error says that they do not fit."""
+    found = _USED.search(message)
+    if found is None:
         return None
     needed, unit, limit, limit_unit = found.groups()
-    return held + float(needed) * _UNITS[unit], float(limit) * _UNITS[limit_unit]
+    return float(needed) * _UNITS[unit], float(limit) * _UNITS[limit_unit]

@@ -58,6 +58,8 @@ def make_step(
 
         def one(total: Tree, part: tuple[Batch, jax.Array]) -> tuple[Tree, Metrics]:
             (loss, metrics), grads = grad_fn(state.params, *part)
+            # Left to itself the compiler adds up gradients before they are divided over devices.
+            grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(jnp.add, total, grads), {"loss": loss, **metrics}
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)

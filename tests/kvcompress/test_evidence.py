@@ -79,6 +79,7 @@ def test_the_smallest_run_writes_its_page(tmp_path, monkeypatch):
         examples=4,
         zeroed=(1,),
         zero_draws=2,
+        long_seeds=(0, 1),
         long_budgets=(2,),
         timed_length=12,
         timed_budget=3,
@@ -107,9 +108,14 @@ def test_the_smallest_run_writes_its_page(tmp_path, monkeypatch):
     for row in result["times"]:
         assert row["traces"] == 1 and row["microseconds"] > 0
         assert row["bytes"] == row["planned_bytes"]
-    kept = dataclasses.replace(run, parts=("times",))
+    kept = dataclasses.replace(run, parts=("times",), timed_budget=7)
     monkeypatch.setattr(evidence, "step_times", lambda *_: [])
-    assert headkv_evidence(kept, tmp_path / "out")["settings"] == result["settings"]
+    later = headkv_evidence(kept, tmp_path / "out")
+    assert later["settings"] == result["settings"] and later["config"]["timed_budget"] == 7
+    with pytest.raises(InputError, match=r"config.timed_budget 7, this run has 64"):
+        headkv_evidence(
+            dataclasses.replace(kept, parts=("long",), timed_budget=64), tmp_path / "out"
+        )
     with pytest.raises(InputError, match="made with config.window 4, this run has 5"):
         headkv_evidence(dataclasses.replace(kept, window=5), tmp_path / "out")
     evidence.PAGE.write(result, tmp_path / "out")
