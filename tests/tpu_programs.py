@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
+from jaxllm.planning import worker
+from jaxllm.planning.topologies import find_topology
+
 
 def kernel_calls(program: str) -> list[str]:
     """Runs a program that prints what it compiled; returns the lines that call a kernel."""
     pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment = worker.environment(find_topology("v5e:2x2"))
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,

@@ -62,17 +62,17 @@ def environment(topology: Topology) -> dict[str, str]:
     """Returns the environment of the process: a CPU on which to trace, and no chip to look for."""
     found = {**os.environ, "JAX_PLATFORMS": "cpu"}
     found["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    flags = os.environ.get("XLA_FLAGS", "").split()
     if topology.chip is None:
-        flags = [
-            flag
-            for flag in os.environ.get("XLA_FLAGS", "").split()
-            if "xla_force_host_platform_device_count" not in flag
-        ]
-        flags.append(f"--xla_force_host_platform_device_count={topology.chips}")
-        found["XLA_FLAGS"] = " ".join(flags)
+        name = "--xla_force_host_platform_device_count"
+        flags = [flag for flag in flags if name not in flag]
+        flags.append(f"{name}={topology.chips}")
     else:
-        # It compiles and drives no chip: it asks no metadata server and needs no lock.
+        # It compiles and drives no chip: it asks no metadata server and needs no lock. Flags of the
+        # CPU's compiler it may not know, and would end.
+        flags = [flag for flag in flags if not flag.startswith("--xla_cpu_")]
         found |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    found["XLA_FLAGS"] = " ".join(flags)
     return found
 
 
