@@ -2,8 +2,8 @@
 
     python train/recall.py configs/kvcompress/set_get.py --workdir runs/set_get
 
-Hardware: 2 CPU cores. Time: 4 minutes beside other work. Share of held-out queries answered
-(`eval/accuracy`): 0.95, one seed.
+Hardware: 2 CPU cores. Time: 5 minutes beside other work. Share of held-out queries answered
+(`eval/accuracy`): 0.993, 0.991 and 0.983 with seeds 0, 1 and 2.
 """
 
 from jaxllm.kvcompress.recall import RecallRun, Stage
