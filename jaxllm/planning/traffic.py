@@ -71,7 +71,7 @@ def _transferred(line: Instruction, known: dict[str, Instruction]) -> float:
     Of what it reads only as much counts as it writes: a slice, mostly into on-chip memory, or rows
     of a table. A sparse core's transfer may start without operands and be handed them by an update.
     """
-    operands = line.operands[line.opcode == "async-update" :]
+    operands = line.operands[1:] if line.opcode == "async-update" else line.operands
     if not operands:
         return 0.0
     place = 0 if line.opcode == "copy-start" else len(operands)

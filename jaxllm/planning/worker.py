@@ -68,9 +68,9 @@ def environment(topology: Topology) -> dict[str, str]:
         flags = [flag for flag in flags if name not in flag]
         flags.append(f"{name}={topology.chips}")
     else:
-        # It compiles and drives no chip: it asks no metadata server and needs no lock. Flags of the
-        # CPU's compiler it may not know, and would end.
-        flags = [flag for flag in flags if not flag.startswith("--xla_cpu_")]
+        # It compiles and drives no chip: it asks no metadata server and needs no lock. Flags of
+        # other compilers it may not know, and would end.
+        flags = [flag for flag in flags if not flag.startswith(("--xla_cpu_", "--xla_gpu_"))]
         found |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     found["XLA_FLAGS"] = " ".join(flags)
     return found
