@@ -10,13 +10,20 @@ import pytest
 from jaxllm.planning import worker
 from jaxllm.planning.topologies import find_topology
 
+FOUR_CHIPS = ("v5e:2x2", "v5p:2x2x1")
 
-def kernel_calls(program: str) -> list[str]:
-    """Runs a program that prints what it compiled; returns the lines that call a kernel."""
+
+def kernel_calls(program: str, topology: str) -> list[str]:
+    """Runs a program that prints what it compiled; returns the lines that call a kernel.
+
+    Args:
+      program: Source text; the topology is its first argument.
+      topology: One of `FOUR_CHIPS`.
+    """
     pytest.importorskip("libtpu")
-    environment = worker.environment(find_topology("v5e:2x2"))
+    environment = worker.environment(find_topology(topology))
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, topology],
         env=environment,
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from kv_reference import extend, extend_all, stream
 from tiny_runs import quick_compile
-from tpu_programs import kernel_calls
+from tpu_programs import FOUR_CHIPS, kernel_calls
 
 from jaxllm.kvcompress.bucketed_cache import bucketed_cache
 from jaxllm.kvcompress.compress import Eviction
@@ -117,6 +117,8 @@ def test_a_decode_step_through_the_kernel_equals_xla():
 
 
 PROGRAM = """
+import sys
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -128,7 +130,7 @@ from jaxllm.kvcompress.paged import pack
 from jaxllm.kvcompress.plan import plan_of
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
 mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 plan = plan_of("test", [[96, 16, 16, 96]], 32, Eviction(), shards=2)
 place = NamedSharding(mesh, P())
@@ -150,9 +152,10 @@ with jax.set_mesh(mesh):
 
 
 @pytest.mark.slow
-def test_a_tpu_decodes_with_the_paged_kernel():
+@pytest.mark.parametrize("topology", FOUR_CHIPS)
+def test_a_tpu_decodes_with_the_paged_kernel(topology):
     """Each of four chips runs the kernel on its own two rows and one head of each rung."""
-    calls = kernel_calls(PROGRAM)
+    calls = kernel_calls(PROGRAM, topology)
     # 96 + 32 and 16 + 32 entries in pages of 16, two (row, head) sequences each: 16 and 6 pages.
     for pages in (16, 6):
         assert any(f"bf16[1,{pages},16,128]" in line for line in calls), pages

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tpu_programs import kernel_calls
+from tpu_programs import FOUR_CHIPS, kernel_calls
 
 PROGRAM = """
+import sys
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -16,7 +18,7 @@ from jaxllm.models.dnd import DnDConfig
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.parallel.sharding import batch_sharding, param_shardings
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
 mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 config = DnDConfig(
     codebook_size=64, grid=(8, 16), layers=2, heads=2, dim=128, mlp_hidden=128, num_classes=3
@@ -49,6 +51,8 @@ with jax.set_mesh(mesh):
 
 # Packed rows, alternating windows, capped scores: what a language model asks of the kernel.
 DECODER = """
+import sys
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -59,7 +63,7 @@ from jaxllm.nn.mlp import MlpConfig
 from jaxllm.parallel.mesh import MeshConfig, make_mesh
 from jaxllm.parallel.sharding import batch_sharding, param_shardings
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
 mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 attention = AttentionConfig(4, 2, 64, soft_cap=30.0)
 config = DecoderConfig(64, 128, 4, attention, MlpConfig(128), windows=(64, None), remat="full")
@@ -85,18 +89,20 @@ with jax.set_mesh(mesh):
 
 
 @pytest.mark.slow
-def test_a_tpu_trains_with_the_splash_kernel():
+@pytest.mark.parametrize("topology", FOUR_CHIPS)
+def test_a_tpu_trains_with_the_splash_kernel(topology):
     """Each chip runs the kernel on its own two examples and one head, forward and backward."""
-    calls = kernel_calls(PROGRAM)
+    calls = kernel_calls(PROGRAM, topology)
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert any(kernel in line for line in calls), kernel
     assert all("[2,1,128,64]" in line for line in calls if "splash_mha_fwd" in line)
 
 
 @pytest.mark.slow
-def test_a_tpu_trains_packed_language_models_with_the_splash_kernel():
+@pytest.mark.parametrize("topology", FOUR_CHIPS)
+def test_a_tpu_trains_packed_language_models_with_the_splash_kernel(topology):
     """Each chip runs the kernel on its own two rows and two of four heads, in both layers."""
-    calls = kernel_calls(DECODER)
+    calls = kernel_calls(DECODER, topology)
     for kernel in ("splash_mha_dq_segmented", "splash_mha_dkv_segmented"):
         assert sum(kernel in line for line in calls) == 2, kernel
     forward = [line for line in calls if "splash_mha_fwd_segmented" in line]
