@@ -110,13 +110,13 @@ class OpinionEvidenceRun:
     """N: floor(N p_b) rows accept belief b, for every prompt."""
     width: int = 64
     layers: int = 2
-    batch: int = 32
-    sft_steps: int = 300
-    steps: int = 200
+    batch: int = 64
+    sft_steps: int = 1500
+    steps: int = 800
     every: int = 50
     """Steps between two points of the curves."""
-    sft_rate: float = 3e-3
-    rate: float = 5e-4
+    sft_rate: float = 1e-3
+    rate: float = 1e-4
     test_rows: int = 128
     samples: int = 8
     """Sampled responses of each test prompt."""
