@@ -153,15 +153,17 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask) -> jax.Array:
     queries, keys = q.shape[1], k.shape[1]
     ahead = keys - queries  # Query t and key t + ahead are at one position.
     size = max(_XLA_BLOCK, -(-queries // _XLA_BLOCKS)) if mask.causal else queries
+    starts = range(0, queries, size)
+    sizes = [min(size, queries - start) for start in starts]
     blocks = []
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
+    for start, part in zip(starts, jax.lax.split(q, sizes, axis=1), strict=True):
+        stop = start + part.shape[1]
         first, last = 0, keys
         if mask.causal:
             last = max(stop + ahead, 1)
         if mask.window is not None:
             first = max(start + ahead - mask.window + 1, 0)
-        block = _Block(q[:, start:stop], k[:, first:last], v[:, first:last], start, first, ahead)
+        block = _Block(part, k[:, first:last], v[:, first:last], start, first, ahead)
         blocks.append(_xla_block(block, mask))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
@@ -407,8 +409,9 @@ class SelfAttention(nnx.Module):
         qkv = project(x, self.qkv)
         if config.bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        q = qkv[..., :-2, :].reshape(*x.shape[:2], config.heads, config.head_dim)
-        k, v = qkv[..., -2, :], qkv[..., -1, :]
+        q, k, v = jax.lax.split(qkv, (config.heads // config.kv_heads, 1, 1), axis=qkv.ndim - 2)
+        q = q.reshape(*x.shape[:2], config.heads, config.head_dim)
+        k, v = k[..., 0, :], v[..., 0, :]
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

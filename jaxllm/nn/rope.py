@@ -121,10 +121,11 @@ def apply_rotary(x: jax.Array, table: RotaryTable) -> jax.Array:
     makes the vector zero, which is what the released code does to the class token.
     """
     cos, sin = (part[..., None, :] for part in table)
+    # One array, which the CPU's compiler keeps; cosines by themselves it computes at every use.
+    factors = jnp.stack([cos, cos, -sin, sin], axis=-1)
     dims = 2 * cos.shape[-1]
     turning, rest = x[..., :dims], x[..., dims:]
     pairs = turning.astype(jnp.float32).reshape(*turning.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    rotated = pairs * factors[..., :2] + pairs[..., ::-1] * factors[..., 2:]
     rotated = rotated.reshape(turning.shape).astype(x.dtype)
     return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, rest], axis=-1)
