@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class LineFile:
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
         self._file = self.path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
         first = len(_MARK) if self._file.read(len(_MARK)) == _MARK else 0
         self._file.seek(first)
         ends, at = [], first
