@@ -121,6 +121,7 @@ def apply_rotary(x: jax.Array, table: RotaryTable) -> jax.Array:
     makes the vector zero, which is what the released code does to the class token.
     """
     cos, sin = (part[..., None, :] for part in table)
+    # (a, b) becomes (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin).
     # One array, which the CPU's compiler keeps; cosines by themselves it computes at every use.
     factors = jnp.stack([cos, cos, -sin, sin], axis=-1)
     dims = 2 * cos.shape[-1]
