@@ -41,9 +41,18 @@ class TextModel(Protocol):
         ...
 
     def step(
-        self, layers: Any, caches: Any, tokens: jax.Array, positions: jax.Array
+        self,
+        layers: Any,
+        caches: Any,
+        tokens: jax.Array,
+        positions: jax.Array,
+        *,
+        outputs: int | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Maps tokens [B, T] at positions [B, T] to hidden states [B, T, D], filling the caches."""
+        """Maps tokens [B, T] at positions [B, T] to hidden states [B, T, D], filling the caches.
+
+        With `outputs` only those of the last so many positions.
+        """
         ...
 
     def logits(self, hidden: jax.Array, head: Any) -> jax.Array:
@@ -165,6 +174,7 @@ class TextSampler:
         self.build, self.prefill_chunk, self.known_ids = build, prefill_chunk, known_ids
         self.traces = 0
         """Times the loop was traced, that is, compiled for another shape or option."""
+        self._vocabulary: int | None = None
         self._fresh = jax.jit(new_caches, static_argnums=(0, 1, 2))
         self._unstacked = jax.jit(lambda params, extra: build(params, extra).decoding_layers())
         self._prefill = jax.jit(
@@ -210,11 +220,12 @@ class TextSampler:
         Raises:
           InputError: An empty prompt or an id outside the vocabulary.
         """
-        vocabulary = jax.eval_shape(self.build, params, extra).config.vocab_size
+        if self._vocabulary is None:  # Tracing the model takes a short prompt's twentieth.
+            self._vocabulary = jax.eval_shape(self.build, params, extra).config.vocab_size
         for row, prompt in enumerate(prompts):
             if not len(prompt):
                 raise InputError(f"prompt {row} is empty; a model needs at least one token")
-            check_range(f"prompt {row}: token id", np.asarray(prompt), vocabulary)
+            check_range(f"prompt {row}: token id", np.asarray(prompt), self._vocabulary)
         length, slots = _slots(max(least_prompt, *map(len, prompts)), max_new_tokens)
         tokens, positions = left_padded(prompts, length)
         # Made by a program of their own: inside the prompt's the compiler would fold their zeros.
@@ -299,7 +310,7 @@ class TextSampler:
     ) -> TextState:
         model = self.build(params, extra)
         batch = len(tokens)
-        hidden, caches = self._through(model, layers, caches, tokens, positions)
+        hidden, caches = self._through(model, layers, caches, tokens, positions, empty=True)
         seen = None
         if keep:
             seen = jnp.zeros((batch, model.config.vocab_size), bool)
@@ -315,21 +326,39 @@ class TextSampler:
         )
 
     def _through(
-        self, model: TextModel, layers: Any, caches: Any, tokens: jax.Array, positions: jax.Array
+        self,
+        model: TextModel,
+        layers: Any,
+        caches: Any,
+        tokens: jax.Array,
+        positions: jax.Array,
+        *,
+        empty: bool,
     ) -> tuple[jax.Array, Any]:
-        """Runs a prompt, whole or in chunks, and returns the last hidden state [B, D]."""
+        """Runs tokens, whole or in chunks, and returns the last hidden state [B, D].
+
+        Args:
+          model: The model.
+          layers: Its decoding layers, or None.
+          caches: One per layer.
+          tokens: int32 [B, T].
+          positions: int32 [B, T].
+          empty: The caches hold nothing.
+        """
         layers = model.decoding_layers() if layers is None else layers
         size = self.prefill_chunk
         length = tokens.shape[1]
         if size is None or length <= size:
-            hidden, caches = model.step(layers.blocks, caches, tokens, positions)
+            if empty:
+                caches = [cache.begin_prompt() for cache in caches]
+            hidden, caches = model.step(layers.blocks, caches, tokens, positions, outputs=1)
             return hidden[:, -1], caches
 
         def parts(x: jax.Array) -> jax.Array:
             return x.reshape(x.shape[0], length // size, size).swapaxes(0, 1)
 
         def one(caches: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-            hidden, caches = model.step(layers.blocks, caches, *part)
+            hidden, caches = model.step(layers.blocks, caches, *part, outputs=1)
             return caches, hidden[:, -1]
 
         caches, hidden = jax.lax.scan(one, caches, (parts(tokens), parts(positions)))
@@ -346,7 +375,7 @@ class TextSampler:
     ) -> TextState:
         model = self.build(params, extra)
         positions = jnp.where(offsets >= 0, state.position[:, None] + offsets, -1)
-        hidden, caches = self._through(model, layers, state.caches, tokens, positions)
+        hidden, caches = self._through(model, layers, state.caches, tokens, positions, empty=False)
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(positions >= 0)

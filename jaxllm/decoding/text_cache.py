@@ -7,9 +7,12 @@ of their own. Attention over several buffers is computed per buffer and merged b
 
 A layer of any cache is a pytree with one method:
 
-    extend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], positions [B,T]) -> (out [B,T,N,H], cache)
+    extend(q [B,Q,N,H], k [B,T,K,H], v [B,T,K,H], positions [B,T]) -> (out [B,Q,N,H], cache)
 
-and three for the decode loop: `block`, how many tokens fit one by one before room must be made;
+whose queries belong to the last Q of the T positions: what stands before them in a model's last
+layer has no use. Two more serve the prompt: `begin_prompt()`, the cache where it is known to be
+empty, and `least_queries(count)`, the queries that it needs of `count` positions for itself. Three
+serve the decode loop: `block`, how many tokens fit one by one before room must be made;
 `begin_block(count)`, the cache with room for that many; `end_block()`, as it was otherwise.
 
 Keys and queries are already rotated. A model with another scale than 1/sqrt(H) scales `q` before.
@@ -152,48 +155,47 @@ def by_query_chunks(
     return out.reshape(*out.shape[:3], -1, out.shape[-1])[..., :length, :]
 
 
-def attend_new(
-    general: Callable[[], jax.Array],
-    fill: jax.Array,
+def attend_prompt(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
     *,
-    plain: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """Returns `general()`, or the same through a fused kernel when the cache was empty.
+    """Attention among left-padded rows that start from an empty cache.
 
     Args:
-      general: Attends over the cache, the new entries included; [B, T, N, H].
-      fill: int32 scalar, slots in use before the new entries.
-      q: [B, T, N, H], with k, v [B, T, K, H] and positions [B, T] the new entries.
-      k: New keys.
-      v: New values.
-      positions: Their positions.
-      plain: Whether attention has neither a sliding window nor a soft cap, which kernels lack.
-    """
-    platform = target_platform()
-    fused = platform == "tpu" or (platform == "gpu" and q.dtype.itemsize == 2)
-    if not (plain and fused and q.shape[1] >= _KERNEL_BLOCK):
-        return general()
-    return jax.lax.cond(fill == 0, lambda: attend_prompt(q, k, v, positions), general)
-
-
-def attend_prompt(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """Causal attention among left-padded rows that starts from an empty cache.
-
-    Rows are moved to the left, where causality alone hides the padding: the fused kernels then
-    need no mask, and T may be padded to a multiple of their block.
-
-    Args:
-      q: [B, T, N, H].
+      q: [B, Q, N, H], of the last Q positions.
       k: [B, T, K, H].
       v: [B, T, K, H].
       positions: int32 [B, T], -1 for the padding at the start of a row, then ascending.
+      window: Sliding window.
+      soft_cap: Soft cap of the scores.
 
     Returns:
-      [B, T, N, H]; 0 for padding.
+      [B, Q, N, H]; 0 for padding.
+    """
+    platform = target_platform()
+    fused = platform == "tpu" or (platform == "gpu" and q.dtype.itemsize == 2)
+    plain = window is None and soft_cap is None
+    if fused and plain and q.shape[1] == k.shape[1] >= _KERNEL_BLOCK:
+        return _attend_causally(q, k, v, positions)
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def attention(q: jax.Array, at: jax.Array) -> jax.Array:
+        return attend_buffer(q, keys, values, visible(at, positions, window), soft_cap).out
+
+    of_queries = positions[:, k.shape[1] - q.shape[1] :]
+    return ungrouped(by_query_chunks(attention, grouped(q, k.shape[2]), of_queries)).astype(q.dtype)
+
+
+def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """As `attend_prompt` through `attend`.
+
+    Rows are moved to the left, where causality alone hides the padding: the fused kernels then
+    need no mask, and T may be padded to a multiple of their block.
     """
     length = q.shape[1]
     padded = -(-length // _KERNEL_BLOCK) * _KERNEL_BLOCK
@@ -221,6 +223,7 @@ class DenseCache:
       soft_cap: Soft cap of the scores, None for none.
       rolling: Overwrite the oldest slot when all are used. With S at least `window` nothing a
         query may see is lost.
+      empty: Known to hold nothing, so that a prompt attends to itself alone.
     """
 
     keys: jax.Array
@@ -230,6 +233,7 @@ class DenseCache:
     window: int | None = struct.field(pytree_node=False, default=None)
     soft_cap: float | None = struct.field(pytree_node=False, default=None)
     rolling: bool = struct.field(pytree_node=False, default=False)
+    empty: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def length(self) -> int:
@@ -245,6 +249,15 @@ class DenseCache:
     def free(self) -> jax.Array | None:
         """Slots left, int32 scalar; None where old entries give way to new ones."""
         return None if self.rolling else self.length - self.fill
+
+    def begin_prompt(self) -> DenseCache:
+        """Returns the cache, which holds nothing, marked so until something is written."""
+        return dataclasses.replace(self, empty=True)
+
+    def least_queries(self, count: int) -> int:
+        """None of the `count` queries: it chooses nothing by them."""
+        del count
+        return 0
 
     def begin_block(self, count: int) -> DenseCache:
         """Returns the cache itself: it never makes room."""
@@ -272,6 +285,9 @@ class DenseCache:
 
         def write(held: jax.Array, new: jax.Array) -> jax.Array:
             new = new.transpose(0, 2, 1, 3).astype(held.dtype)
+            if self.empty:  # Nothing to keep: written by all cores, as an update in place is not.
+                wide = jnp.pad(new, ((0, 0), (0, 0), (0, self.length - count), (0, 0)))
+                return constrain(wide, "batch", "heads", None, None)
             if len(held) == 1:  # See `folded`.
                 return jax.lax.dynamic_update_slice(held[0], new[0], (0, slot, 0))[None]
             return jax.lax.dynamic_update_slice(held, new, (0, 0, slot, 0))
@@ -282,6 +298,7 @@ class DenseCache:
             values=write(self.values, v),
             positions=jax.lax.dynamic_update_slice(self.positions, positions, (0, slot)),
             fill=self.fill + count,
+            empty=False,
         )
 
     def _append_shifting(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
@@ -304,6 +321,7 @@ class DenseCache:
             values=kept(self.values, v),
             positions=jnp.take_along_axis(both, last, axis=1),
             fill=jnp.full_like(self.fill, self.length),
+            empty=False,
         )
 
     def attention(self, q: jax.Array, positions: jax.Array) -> Attention:
@@ -317,31 +335,31 @@ class DenseCache:
         """Appends T positions and attends by position over everything held.
 
         Args:
-          q: [B, T, N, H] rotated queries.
+          q: [B, Q, N, H] rotated queries of the last Q positions.
           k: [B, T, K, H] rotated keys.
           v: [B, T, K, H] values.
           positions: int32 [B, T] absolute positions, ascending in a row, -1 for left padding.
 
         Returns:
-          The attention output [B, T, N, H], 0 for padding, and the new cache.
+          The attention output [B, Q, N, H], 0 for padding, and the new cache.
 
         Raises:
           InputError: T above the number of slots of a cache that does not roll.
         """
-        if self.rolling and k.shape[1] > 1:
-            # What the new entries push out is still in sight of the first of them.
-            held = self._grown(k.shape[1]).append(k, v, positions)
-            after = self._append_shifting(k, v, positions)
-        else:
-            held = after = self.append(k, v, positions)
-        q_BKGTH = grouped(q, k.shape[2])
-
-        def general() -> jax.Array:
-            out = by_query_chunks(lambda q, at: held.attention(q, at).out, q_BKGTH, positions)
-            return ungrouped(out).astype(q.dtype)
-
-        plain = self.window is None and self.soft_cap is None
-        return attend_new(general, self.fill, q, k, v, positions, plain=plain), after
+        count = k.shape[1]
+        pushes_out = self.rolling and count > 1
+        after = (self._append_shifting if pushes_out else self.append)(k, v, positions)
+        if self.empty:
+            window, soft_cap = self.window, self.soft_cap
+            return attend_prompt(q, k, v, positions, window=window, soft_cap=soft_cap), after
+        # What the new entries push out is still in sight of the first of them.
+        held = self._grown(count).append(k, v, positions) if pushes_out else after
+        out = by_query_chunks(
+            lambda q, at: held.attention(q, at).out,
+            grouped(q, k.shape[2]),
+            positions[:, count - q.shape[1] :],
+        )
+        return ungrouped(out).astype(q.dtype), after
 
     def _grown(self, count: int) -> DenseCache:
         """Returns a cache that does not roll, with all S slots written and `count` free ones."""

@@ -298,7 +298,8 @@ def _forced(setting: DecodeSetting, kind: Kind, params: Any) -> np.ndarray:
     def run(params: Any, ids: jax.Array) -> jax.Array:
         model = decoder(config, setting.dtype).build(params, {})
         layers, at = model.decoding_layers(), jnp.arange(prompt + _FORCED)[None]
-        caches: Any = bucketed_caches(plan, 1, a.heads, a.head_dim, setting.dtype)
+        empty: Any = bucketed_caches(plan, 1, a.heads, a.head_dim, setting.dtype)
+        caches = [cache.begin_prompt() for cache in empty]
         _, caches = model.step(layers.blocks, caches, ids[:, :prompt], at[:, :prompt])
 
         def one(caches: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:

@@ -23,7 +23,7 @@ from jaxllm.decoding.text_cache import (
     Attention,
     DenseCache,
     attend_buffer,
-    attend_new,
+    attend_prompt,
     by_query_chunks,
     dense_cache,
     grouped,
@@ -70,15 +70,15 @@ class BucketedCache:
         """Appends T positions, attends over everything held, and compresses where needed.
 
         Args:
-          q: [B, T, N, H] rotated queries.
+          q: [B, Q, N, H] rotated queries of the last Q positions, `least_queries(T)` or more.
           k: [B, T, K, H] rotated keys.
           v: [B, T, K, H] values.
           positions: int32 [B, T] absolute positions, ascending in a row, -1 for left padding.
 
         Returns:
-          The attention output [B, T, N, H], 0 for padding, and the new cache.
+          The attention output [B, Q, N, H], 0 for padding, and the new cache.
         """
-        count = q.shape[1]
+        count = k.shape[1]
         order = self.layer.order
         k_own, v_own = reordered(k, order, 2), reordered(v, order, 2)
         q_BKGTH = reordered(grouped(q, k.shape[2]), order, 1)
@@ -89,13 +89,11 @@ class BucketedCache:
             held = dataclasses.replace(self, ring=grow(self.ring, count))
             held = held._append(q_BKGTH, k_own, v_own, positions)
             after = held._compressed(self.ring.length, self.queries.shape[3])
-
-        def general() -> jax.Array:
-            out = by_query_chunks(held._attention, q_BKGTH, positions)
-            return ungrouped(reordered(out, inverse(order), 1)).astype(q.dtype)
-
-        plain = self.ring.window is None and self.ring.soft_cap is None
-        return attend_new(general, self.ring.fill, q, k, v, positions, plain=plain), after
+        if self.ring.empty:
+            window, soft_cap = self.ring.window, self.ring.soft_cap
+            return attend_prompt(q, k, v, positions, window=window, soft_cap=soft_cap), after
+        out = by_query_chunks(held._attention, q_BKGTH, positions[:, count - q.shape[1] :])
+        return ungrouped(reordered(out, inverse(order), 1)).astype(q.dtype), after
 
     @property
     def fill(self) -> jax.Array:
@@ -116,6 +114,14 @@ class BucketedCache:
     def free(self) -> None:
         """None: old entries give way to new ones."""
         return None
+
+    def begin_prompt(self) -> BucketedCache:
+        """Returns the cache, which holds nothing, marked so until something is written."""
+        return dataclasses.replace(self, ring=self.ring.begin_prompt())
+
+    def least_queries(self, count: int) -> int:
+        """Those that its scorer asks for, if it asks after `count` more."""
+        return min(count, self.eviction.scorer.queries(self.eviction.window, self.slots + count))
 
     def begin_block(self, count: int) -> BucketedCache:
         """Returns the cache with `count` free ring slots that `extend` takes without a check."""
@@ -141,9 +147,10 @@ class BucketedCache:
         )
 
     def append_queries(self, q: jax.Array, positions: jax.Array) -> BucketedCache:
-        """Puts queries q [B, K, G, T, H] behind the stored; as many stay as the scorer asks for."""
+        """Puts queries q [B, K, G, Q, H] behind the stored; as many stay as the scorer asks for."""
         queries = jnp.concatenate([self.queries, q.astype(self.queries.dtype)], axis=3)
-        at = jnp.concatenate([self.query_positions, positions], axis=1)
+        own = positions[:, positions.shape[1] - q.shape[3] :]
+        at = jnp.concatenate([self.query_positions, own], axis=1)
         # Of a ring grown by a prompt, a scorer that adds up attention wants all its queries.
         wanted = self.eviction.scorer.queries(self.eviction.window, self.slots)
         first = queries.shape[3] - wanted

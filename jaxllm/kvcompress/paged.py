@@ -68,7 +68,7 @@ class PagedCache:
         self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, PagedCache]:
         """As `BucketedCache.extend`; one token goes through the pages, more through the buckets."""
-        if q.shape[1] > 1:
+        if k.shape[1] > 1:
             out, cache = unpack(self).extend(q, k, v, positions)
             return out, pack(cache, self.page, self.implementation)
         start = with_room(self, 1) if self.outline.makes_room else self
@@ -93,6 +93,14 @@ class PagedCache:
     def free(self) -> None:
         """As `BucketedCache.free`."""
         return None
+
+    def begin_prompt(self) -> PagedCache:
+        """As `BucketedCache.begin_prompt`."""
+        return dataclasses.replace(self, outline=self.outline.begin_prompt())
+
+    def least_queries(self, count: int) -> int:
+        """As `BucketedCache.least_queries`."""
+        return self.outline.least_queries(count)
 
     def begin_block(self, count: int) -> PagedCache:
         """As `BucketedCache.begin_block`."""
@@ -294,7 +302,7 @@ def _noted(outline: BucketedCache, q: jax.Array, positions: jax.Array) -> Bucket
     """Counts one more entry in the ring and remembers its queries [B, K, G, 1, H]."""
     ring = outline.ring
     at = jax.lax.dynamic_update_slice(ring.positions, positions, (0, ring.fill))
-    ring = dataclasses.replace(ring, positions=at, fill=ring.fill + 1)
+    ring = dataclasses.replace(ring, positions=at, fill=ring.fill + 1, empty=False)
     return dataclasses.replace(outline.append_queries(q, positions), ring=ring)
 
 

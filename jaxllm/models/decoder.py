@@ -332,6 +332,8 @@ class Decoder(nnx.Module):
         caches: Sequence[Any],
         tokens: jax.Array,
         positions: jax.Array,
+        *,
+        outputs: int | None = None,
     ) -> tuple[jax.Array, list[Any]]:
         """Appends tokens to caches: the prompt at once (prefill), then one after the other.
 
@@ -340,12 +342,16 @@ class Decoder(nnx.Module):
           caches: One per layer, made for its window (`config.layer_windows`) and soft cap
             (`config.attention.soft_cap`). `extend(q, k, v, positions)` takes q [B, T, N, H] and
             k, v [B, T, K, H], already rotated and scaled but for 1/sqrt(H), and returns the
-            attention output [B, T, N, H] and the new cache.
+            attention output [B, T, N, H] and the new cache. With `outputs` the last layer's takes
+            fewer queries, and `least_queries(T)` says how many it wants; see
+            `decoding/text_cache.py`.
           tokens: int [B, T].
           positions: int32 [B, T] absolute positions, -1 for padding on the left.
+          outputs: Only these last positions are wanted, so that the last layer computes nothing
+            but keys and values before them; None for all.
 
         Returns:
-          The final normalised activations [B, T, D] and the new caches.
+          The final normalised activations [B, T or outputs, D] and the new caches.
         """
         caches = list(caches)
         x, table = self._embed(tokens, positions), self._rotary(positions)
@@ -357,8 +363,12 @@ class Decoder(nnx.Module):
                 out, caches[number] = caches[number].extend(q, k, v, positions)
                 return out
 
-            x = layer(x, table, attention)
-        return self.norm(x), caches
+            last = None
+            if outputs is not None and number == len(layers) - 1:
+                count = tokens.shape[1]
+                last = min(max(outputs, caches[number].least_queries(count)), count)
+            x = layer(x, table, attention, last=last)
+        return self.norm(x if outputs is None else x[:, -outputs:]), caches
 
 
 def decoder(config: DecoderConfig, dtype: Any = jnp.float32) -> Blueprint[Decoder]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.errors import InputError
-from jaxllm.nn.linear import project
+from jaxllm.nn.linear import project, some_outputs
 from jaxllm.nn.norm import NormConfig, make_norm
 from jaxllm.nn.rope import RotaryTable, apply_rotary
 from jaxllm.parallel.mesh import target_platform
@@ -395,8 +395,15 @@ class SelfAttention(nnx.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (make_norm(head_dim, norm or NormConfig()) for _ in "qk")
 
-    def __call__(self, x: jax.Array, rotary: RotaryTable | None, attention: AttendFn) -> jax.Array:
-        """Returns the attention output [B, T, D] of `x` [B, T, D].
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: RotaryTable | None,
+        attention: AttendFn,
+        *,
+        last: int | None = None,
+    ) -> jax.Array:
+        """Returns the attention output [B, T, D] of `x` [B, T, D], or its `last` [B, last, D].
 
         Args:
           x: Normalised activations.
@@ -404,19 +411,34 @@ class SelfAttention(nnx.Module):
           attention: What to do with q [B, T, N, H] and k, v [B, T, K, H], scaling by 1/sqrt(H); a
             decode step passes a function that appends to a cache, training passes `attend` with
             `causal=True`.
+          last: Queries, and so outputs, are those of the last positions only; None for all.
         """
         config = self.config
-        qkv = project(x, self.qkv)
-        if config.bias:
-            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        q, k, v = jax.lax.split(qkv, (config.heads // config.kv_heads, 1, 1), axis=qkv.ndim - 2)
-        q = q.reshape(*x.shape[:2], config.heads, config.head_dim)
-        k, v = k[..., 0, :], v[..., 0, :]
+        q, k, v = self._projected(x, last)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+            cos, sin = (part[..., -q.shape[1] :, :] for part in rotary)
+            q, k = apply_rotary(q, (cos, sin)), apply_rotary(k, rotary)
         if config.scale is not None:
             q = q * (config.scale * config.head_dim**0.5)
         y = project(attention(q, k, v), self.out, inputs=2)
         return y + self.out_bias[...].astype(x.dtype) if config.out_bias else y
+
+    def _projected(self, x: jax.Array, last: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns q [B, last or T, N, H] and k, v [B, T, K, H] before norms and rotation."""
+        config = self.config
+        groups = config.heads // config.kv_heads
+
+        def columns(x: jax.Array, first: int, count: int) -> jax.Array:
+            y = project(x, some_outputs(self.qkv, 1, first, count))
+            if config.bias:
+                y = y + self.qkv_bias[...][:, first : first + count].astype(x.dtype)
+            return y
+
+        if last is None or last == x.shape[1]:
+            q, k, v = jax.lax.split(columns(x, 0, groups + 2), (groups, 1, 1), axis=3)
+        else:
+            q = columns(x[:, -last:], 0, groups)
+            k, v = jax.lax.split(columns(x, groups, 2), (1, 1), axis=3)
+        return q.reshape(*q.shape[:2], config.heads, -1), k[..., 0, :], v[..., 0, :]

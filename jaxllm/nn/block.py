@@ -47,13 +47,24 @@ class Block(nnx.Module):
         rotary: RotaryTable | None,
         attention: AttendFn,
         key: jax.Array | None = None,
+        *,
+        last: int | None = None,
     ) -> jax.Array:
-        """Maps activations [B, T, D] to [B, T, D]; `key` turns on dropout after both halves."""
+        """Maps activations [B, T, D] to [B, T, D], or to [B, last, D] of the `last` positions.
+
+        Args:
+          x: Activations [B, T, D].
+          rotary: See `SelfAttention`.
+          attention: See `SelfAttention`.
+          key: Turns on dropout after both halves.
+          last: Nothing but keys and values is computed before these positions; None for all.
+        """
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
-            mixed = self.attn(self.attn_norm(x), rotary, attention)
+            mixed = self.attn(self.attn_norm(x), rotary, attention, last=last)
             if self.post_norms:
                 mixed = self.attn_post_norm(mixed)
+        x = x[:, -mixed.shape[1] :]
         after = x + dropout(mixed, self.dropout_rate, attn_key)
         with jax.named_scope("mlp"):
             transformed = self.mlp(self.mlp_norm(x if self.parallel else after))

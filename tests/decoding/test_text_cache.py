@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kv_reference import attention_loops, counted, extend_all, stream
+from kv_reference import attention_loops, counted, extend, extend_all, stream
 
 from jaxllm.decoding import text_cache
-from jaxllm.decoding.text_cache import attend_buffer, attend_prompt, dense_cache, grouped, merge
+from jaxllm.decoding.text_cache import attend_buffer, dense_cache, grouped, merge
 from jaxllm.errors import InputError
 
 
@@ -70,22 +72,50 @@ def test_long_prompts_are_scored_in_chunks_of_queries(monkeypatch):
     assert "2,2,2,4,16" in str(shapes) and "2,2,2,13,16" not in str(shapes)
 
 
-def test_an_empty_cache_may_use_a_causal_kernel(monkeypatch):
+@pytest.mark.parametrize("queries", [1, 4, 11], ids="{} queries".format)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 4, "soft_cap": 1.5}, {"window": 4, "rolling": True}], ids=str
+)
+def test_a_prompt_into_an_empty_cache_reads_nothing_but_itself(options, queries):
+    s = stream([11, 7, 4], 11, 2)
+    whole, expected = extend(dense_cache(3, 2, 16, 8, **options), s.part(0, 11))
+    empty, part = dense_cache(3, 2, 16, 8, **options).begin_prompt(), s.part(0, 11)
+    if not empty.rolling:  # Nothing that lies in the slots shows.
+        empty = dataclasses.replace(empty, keys=empty.keys + jnp.nan, values=empty.values + jnp.nan)
+    found, cache = extend(empty, part._replace(q=part.q[:, -queries:]))
+    np.testing.assert_allclose(found, whole[:, -queries:], atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, cache, expected)
+    assert not cache.empty
+
+
+def test_a_prompt_does_not_score_the_slots_behind_it():
+    part = stream([11, 7, 4], 11, 2).part(0, 11)
+    shapes = str(jax.make_jaxpr(lambda c: c.extend(*part)[0])(dense_cache(3, 2, 16, 8)))
+    assert "3,2,2,11,16" in shapes
+    shapes = str(
+        jax.make_jaxpr(lambda c: c.extend(*part)[0])(dense_cache(3, 2, 16, 8).begin_prompt())
+    )
+    assert "3,2,2,11,11" in shapes and "3,2,2,11,16" not in shapes
+
+
+def test_a_prompt_may_use_a_causal_kernel(monkeypatch):
     s = stream([13, 6, 1], 13, 2)
-    check(attend_prompt(*s.part(0, 13)), s)
-    calls, (run, _) = [], counted()
+    kernel, calls, (run, _) = text_cache._attend_causally, [], counted()
 
     def noted(*args):
         calls.append(1)
-        return attend_prompt(*args)
+        return kernel(*args)
 
     monkeypatch.setattr(text_cache, "target_platform", lambda: "tpu")
     monkeypatch.setattr(text_cache, "_KERNEL_BLOCK", 4)
-    monkeypatch.setattr(text_cache, "attend_prompt", noted)
-    found, _ = extend_all(dense_cache(3, 2, 16, 8), s, (6, 6, 1), run)
-    check(found, s)  # The second portion finds a cache in use and takes the other branch.
-    assert len(calls) == 1  # Traced once for both portions of six, never for single tokens.
-    extend_all(dense_cache(3, 2, 16, 8, window=4), s, (6,), run)
+    monkeypatch.setattr(text_cache, "_attend_causally", noted)
+    found, _ = extend_all(dense_cache(3, 2, 16, 8).begin_prompt(), s, (6, 6, 1), run)
+    check(found, s)  # The second portion finds a cache in use.
+    assert len(calls) == 1
+    extend_all(dense_cache(3, 2, 16, 8, window=4).begin_prompt(), s, (6,), run)
+    few = s.part(0, 6)._replace(q=s.part(4, 6).q)
+    out, _ = run(dense_cache(3, 2, 16, 8).begin_prompt(), few)
+    np.testing.assert_allclose(out, found[:, 4:6], atol=1e-5)
     assert len(calls) == 1
 
 

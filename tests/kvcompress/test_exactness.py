@@ -91,8 +91,27 @@ def test_one_prompt_through_the_kernel_of_an_empty_cache(monkeypatch):
     monkeypatch.setattr(text_cache, "target_platform", lambda: "tpu")
     monkeypatch.setattr(text_cache, "_KERNEL_BLOCK", 4)
     s = stream(LENGTHS, 40, 2)
-    found, _ = extend_all(make([41, 41])[1], s, (20, 20), counted()[0])
+    found, _ = extend_all(make([41, 41])[1].begin_prompt(), s, (20, 20), counted()[0])
     np.testing.assert_allclose(found, attention_loops(s), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS))
+@pytest.mark.parametrize("prompt", [4, 20])
+def test_a_prompt_needs_only_the_queries_that_the_scorer_asks_for(name, prompt):
+    """What is held after a prompt and ten more tokens does not depend on the other queries."""
+    s = stream(LENGTHS, 40, 2)
+    _, cache = make([6, 2], eviction=Eviction(window=3, scorer=SCORERS[name]()))
+    expected, whole = extend(cache, s.part(10, 10 + prompt))
+    least = cache.least_queries(prompt)
+    assert 0 <= least <= prompt
+    part, last = s.part(10, 10 + prompt), max(least, 1)
+    found, few = extend(cache.begin_prompt(), part._replace(q=part.q[:, -last:]))
+    np.testing.assert_allclose(found, expected[:, -last:], atol=1e-6)
+    for at in range(10 + prompt, 20 + prompt):
+        expected, whole = extend(whole, s.part(at, at + 1))
+        found, few = extend(few, s.part(at, at + 1))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, few)
 
 
 # -- with eviction --------------------------------------------------------------------------------

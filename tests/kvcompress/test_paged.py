@@ -94,6 +94,21 @@ def test_many_tokens_at_once_go_through_the_buckets():
     np.testing.assert_array_equal(pages.outline.rungs[0].positions, after.rungs[0].positions)
 
 
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_prompt_into_empty_pages_equals_one_into_buckets(count):
+    s, _ = prefilled()
+    plan = plan_of("test", [[5, 0, 5]], 6, Eviction(window=2, sinks=1))
+    buckets = bucketed_cache(plan, 0, 3, 6, 8).begin_prompt()
+    pages = pack(bucketed_cache(plan, 0, 3, 6, 8), 4).begin_prompt()
+    assert pages.least_queries(count) == buckets.least_queries(count) == min(count, 2)
+    expected, buckets = extend(buckets, s.part(10 - count, 10))
+    found, pages = extend(pages, s.part(10 - count, 10))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not pages.outline.ring.empty
+    for a, b in zip(pages.outline.rungs, buckets.rungs, strict=True):
+        np.testing.assert_array_equal(a.positions, b.positions)
+
+
 def test_a_padded_token_leaves_no_entry():
     s, buckets = prefilled()
     part = s.part(12, 13)._replace(positions=jnp.array([[12], [-1], [-1]], jnp.int32))

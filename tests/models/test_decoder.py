@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from flax import struct
 
+from jaxllm.decoding.text_cache import dense_cache
 from jaxllm.errors import InputError
-from jaxllm.models.decoder import DECODER_RULES, DecoderConfig, decoder
+from jaxllm.models.decoder import DECODER_KERNELS, DECODER_RULES, DecoderConfig, decoder
 from jaxllm.nn.attention import AttentionConfig, attend
+from jaxllm.nn.linear import outputs_first
 from jaxllm.nn.mlp import MlpConfig
 from jaxllm.nn.norm import NormConfig
 from jaxllm.nn.rope import RopeConfig
@@ -113,7 +115,7 @@ class DenseCache:
         scores = jnp.einsum("btnh,bsnh->bnts", q, wide_k) * q.shape[-1] ** -0.5
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
-        back = positions[:, :, None] - held[:, None, :]
+        back = positions[:, -q.shape[1] :, None] - held[:, None, :]
         seen = (held[:, None, :] >= 0) & (back >= 0)
         if self.window is not None:
             seen &= back < self.window
@@ -163,6 +165,55 @@ def test_cached_steps_equal_whole_sequences_with_left_padding(made):
     # The row without padding is what it is without positions.
     alone = hidden_of(blueprint)(params, jnp.roll(TOKENS, -3, axis=1))
     np.testing.assert_allclose(whole[1, 3:], alone[1, :7], atol=2e-5)
+
+
+def test_a_step_for_the_last_outputs_computes_no_others(made):
+    config, blueprint, params = made
+    positions = jnp.maximum(jnp.stack([jnp.arange(10), jnp.arange(10) - 3]), -1)
+
+    @partial(jax.jit, static_argnames=("outputs", "wide"))
+    def step(params, caches, outputs=None, wide=False):
+        model = blueprint.build(params, {})
+        blocks = model.unstack()
+        if wide:
+            blocks = [outputs_first(block, DECODER_KERNELS, "layers") for block in blocks]
+        return model.step(blocks, caches, TOKENS, positions, outputs=outputs)
+
+    attention = config.attention
+    caches = [
+        dense_cache(2, attention.kv_heads, 12, attention.head_dim, window=window,
+                    soft_cap=attention.soft_cap).begin_prompt()
+        for window in config.layer_windows
+    ]  # fmt: skip
+    whole, expected = step(params, caches)
+    for outputs, wide in ((1, False), (3, False), (1, True), (10, False)):
+        found, held = step(params, caches, outputs, wide)
+        np.testing.assert_allclose(found, whole[:, -outputs:], atol=2e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), held, expected)
+
+
+def test_a_cache_that_chooses_by_its_queries_gets_those_it_asks_for(made):
+    config, blueprint, params = made
+    positions, asked = jnp.broadcast_to(jnp.arange(10), (2, 10)), []
+
+    class Asking:
+        def __init__(self, cache):
+            self.cache = cache
+
+        def least_queries(self, count):
+            assert count == 10
+            return 4
+
+        def extend(self, q, k, v, positions):
+            asked.append(q.shape[1])
+            return self.cache.extend(q, k, v, positions)
+
+    model = blueprint.build(params, {})
+    caches = [Asking(cache) for cache in dense_caches(config, 2, 10)]
+    out, _ = model.step(model.unstack(), caches, TOKENS, positions, outputs=1)
+    assert asked == [10] * (config.layers - 1) + [4]
+    whole = hidden_of(blueprint)(params, TOKENS, positions)
+    np.testing.assert_allclose(out, whole[:, -1:], atol=2e-5)
 
 
 def test_padding_on_the_right_changes_nothing_before_it(made):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxllm.models.decoder import DECODER_KERNELS, Block
 from jaxllm.nn.attention import AttentionConfig
-from jaxllm.nn.linear import OutputsFirst, outputs_first, project, rows_times
+from jaxllm.nn.linear import OutputsFirst, outputs_first, project, rows_times, some_outputs
 from jaxllm.nn.mlp import MlpConfig
 
 
@@ -30,6 +30,18 @@ def test_products_do_not_depend_on_the_order_of_axes(rows, inputs):
     assert plain.shape == turned.shape == (*x.shape[: 3 - inputs], 5, 3)
     np.testing.assert_allclose(turned, plain, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(plain, jnp.tensordot(x, kernel, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_some_outputs_are_columns_of_all():
+    x = jax.random.normal(jax.random.key(0), (7, 6))
+    kernel = jax.random.normal(jax.random.key(1), (6, 5, 4, 3))
+    expected = jnp.tensordot(x, kernel, 1)[:, :, 1:3]
+    turned = OutputsFirst(kernel.transpose(1, 2, 3, 0))
+    for stored in (nnx.Param(kernel), turned):
+        part = some_outputs(stored, 1, 1, 2)
+        assert type(part) is type(stored)
+        np.testing.assert_allclose(project(x, part), expected, rtol=1e-5, atol=1e-5)
+        assert some_outputs(stored, 1, 0, 4) is stored
 
 
 def test_the_accumulator_is_the_dtype_of_the_result():
