@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.nn.linear import rows_times
+from jaxllm.parallel.mesh import target_platform
 from jaxllm.parallel.sharding import AXES, constrain
 
 Tree = Any
@@ -172,7 +173,12 @@ def _gradients(
         by_logits *= 1.0 - (logits / soft_cap) ** 2
     by_logits = by_logits.astype(hidden.dtype)
     by_hidden = jnp.einsum("tv,dv->td", by_logits, kernel)
-    return by_hidden, jnp.einsum("td,tv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
+    turned = hidden.T
+    if target_platform() == "cpu":
+        # The backend's library of products takes [D, t] [t, V] only, a fifth faster. Without the
+        # barrier the compiler makes the transposition a part of the product.
+        turned = jax.lax.optimization_barrier(turned)
+    return by_hidden, jnp.dot(turned, by_logits, preferred_element_type=jnp.float32)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
