@@ -171,15 +171,13 @@ class TextSampler:
         """
         if prefill_chunk is not None and (prefill_chunk < 1 or prefill_chunk & (prefill_chunk - 1)):
             raise InputError(f"prefill_chunk {prefill_chunk} must be a power of two")
-        self.build, self.prefill_chunk, self.known_ids = build, prefill_chunk, known_ids
+        self.build, self.new_caches = build, new_caches
+        self.prefill_chunk, self.known_ids = prefill_chunk, known_ids
         self.traces = 0
         """Times the loop was traced, that is, compiled for another shape or option."""
         self._vocabulary: int | None = None
-        self._fresh = jax.jit(new_caches, static_argnums=(0, 1, 2))
         self._unstacked = jax.jit(lambda params, extra: build(params, extra).decoding_layers())
-        self._prefill = jax.jit(
-            self._run_prompt, static_argnames=("keep",), donate_argnames=("caches",)
-        )
+        self._prefill = jax.jit(self._run_prompt, static_argnames=("slots", "keep"))
         self._more = jax.jit(self._run_more)
         self._chunk = jax.jit(
             self._decode, static_argnames=("top_k", "filtered"), donate_argnames=("state",)
@@ -228,16 +226,14 @@ class TextSampler:
             check_range(f"prompt {row}: token id", np.asarray(prompt), self._vocabulary)
         length, slots = _slots(max(least_prompt, *map(len, prompts)), max_new_tokens)
         tokens, positions = left_padded(prompts, length)
-        # Made by a program of their own: inside the prompt's the compiler would fold their zeros.
-        caches = self._fresh(len(prompts), length, slots)
         return self._prefill(
-            params, extra, layers, tokens, positions, keys, caches=caches, keep=keep_seen
+            params, extra, layers, tokens, positions, keys, slots=slots, keep=keep_seen
         )
 
     def cache_bytes(self, batch: int, prompt_length: int, max_new_tokens: int) -> int:
         """Returns the bytes of the caches that `prefill` makes for prompts of such a length."""
         length, slots = _slots(prompt_length, max_new_tokens)
-        caches = jax.eval_shape(lambda: self._fresh(batch, length, slots))
+        caches = jax.eval_shape(lambda: self.new_caches(batch, length, slots))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
     def extend(
@@ -305,11 +301,13 @@ class TextSampler:
         positions: jax.Array,
         keys: jax.Array,
         *,
-        caches: list[Any],
+        slots: int,
         keep: bool,
     ) -> TextState:
         model = self.build(params, extra)
-        batch = len(tokens)
+        batch, length = tokens.shape
+        # Behind a barrier, or the compiler would work with their zeros while it compiles.
+        caches = jax.tree.map(jax.lax.optimization_barrier, self.new_caches(batch, length, slots))
         hidden, caches = self._through(model, layers, caches, tokens, positions, empty=True)
         seen = None
         if keep:
