@@ -36,6 +36,8 @@ from jaxllm.parallel.sharding import constrain
 _QUERY_CHUNK = 256
 """Queries scored at once: a long prompt needs [B, N, 256, S] scores, not [B, N, T, S]."""
 _KERNEL_BLOCK = 128
+_PROMPT_BLOCK, _PROMPT_BLOCKS = 128, 4
+"""Fewest queries of a block, and the most blocks, of a prompt; each takes the keys that it sees."""
 _FEW_QUERIES = 8
 """Queries per key/value head of one decode step, about."""
 
@@ -182,13 +184,22 @@ def attend_prompt(
     plain = window is None and soft_cap is None
     if fused and plain and q.shape[1] == k.shape[1] >= _KERNEL_BLOCK:
         return _attend_causally(q, k, v, positions)
-    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    q_BKGTH, k_BKSH, v_BKSH = grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    length, before = k.shape[1], k.shape[1] - q.shape[1]
+    size = max(_PROMPT_BLOCK, -(-length // _PROMPT_BLOCKS))
+    blocks = []
+    for start in range(before, length, size):
+        stop = min(start + size, length)
+        # Positions ascend: nothing behind the block's last query is visible, nor before the window.
+        keys = slice(0 if window is None else max(start - window + 1, 0), stop)
 
-    def attention(q: jax.Array, at: jax.Array) -> jax.Array:
-        return attend_buffer(q, keys, values, visible(at, positions, window), soft_cap).out
+        def attention(q: jax.Array, at: jax.Array, keys: slice = keys) -> jax.Array:
+            seen = visible(at, positions[:, keys], window)
+            return attend_buffer(q, k_BKSH[:, :, keys], v_BKSH[:, :, keys], seen, soft_cap).out
 
-    of_queries = positions[:, k.shape[1] - q.shape[1] :]
-    return ungrouped(by_query_chunks(attention, grouped(q, k.shape[2]), of_queries)).astype(q.dtype)
+        part = q_BKGTH[:, :, :, start - before : stop - before]
+        blocks.append(by_query_chunks(attention, part, positions[:, start:stop]))
+    return ungrouped(jnp.concatenate(blocks, axis=3)).astype(q.dtype)
 
 
 def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:

@@ -76,26 +76,30 @@ def test_long_prompts_are_scored_in_chunks_of_queries(monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, {"window": 4, "soft_cap": 1.5}, {"window": 4, "rolling": True}], ids=str
 )
-def test_a_prompt_into_an_empty_cache_reads_nothing_but_itself(options, queries):
+def test_a_prompt_into_an_empty_cache_reads_nothing_but_itself(options, queries, monkeypatch):
+    monkeypatch.setattr(text_cache, "_PROMPT_BLOCK", 3)
     s = stream([11, 7, 4], 11, 2)
     whole, expected = extend(dense_cache(3, 2, 16, 8, **options), s.part(0, 11))
     empty, part = dense_cache(3, 2, 16, 8, **options).begin_prompt(), s.part(0, 11)
     if not empty.rolling:  # Nothing that lies in the slots shows.
         empty = dataclasses.replace(empty, keys=empty.keys + jnp.nan, values=empty.values + jnp.nan)
-    found, cache = extend(empty, part._replace(q=part.q[:, -queries:]))
+    found, cache = counted()[0](empty, part._replace(q=part.q[:, -queries:]))
     np.testing.assert_allclose(found, whole[:, -queries:], atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, cache, expected)
     assert not cache.empty
 
 
-def test_a_prompt_does_not_score_the_slots_behind_it():
+def test_a_prompt_does_not_score_what_it_cannot_see(monkeypatch):
     part = stream([11, 7, 4], 11, 2).part(0, 11)
     shapes = str(jax.make_jaxpr(lambda c: c.extend(*part)[0])(dense_cache(3, 2, 16, 8)))
     assert "3,2,2,11,16" in shapes
-    shapes = str(
-        jax.make_jaxpr(lambda c: c.extend(*part)[0])(dense_cache(3, 2, 16, 8).begin_prompt())
-    )
+    empty = dense_cache(3, 2, 16, 8).begin_prompt()
+    shapes = str(jax.make_jaxpr(lambda c: c.extend(*part)[0])(empty))
     assert "3,2,2,11,11" in shapes and "3,2,2,11,16" not in shapes
+    monkeypatch.setattr(text_cache, "_PROMPT_BLOCK", 3)  # Four blocks see 3, 6, 9 and 11 keys.
+    shapes = str(jax.make_jaxpr(lambda c: c.extend(*part)[0])(empty))
+    assert all(s in shapes for s in ("3,2,2,3,3", "3,2,2,3,6", "3,2,2,3,9", "3,2,2,2,11"))
+    assert "3,2,2,11,11" not in shapes
 
 
 def test_a_prompt_may_use_a_causal_kernel(monkeypatch):
