@@ -1,4 +1,4 @@
-"""Training steps compiled for four TPU chips that need not be there."""
+"""Training steps and prompts compiled for four TPU chips that need not be there."""
 
 from __future__ import annotations
 
@@ -108,3 +108,49 @@ def test_a_tpu_trains_packed_language_models_with_the_splash_kernel(topology):
     forward = [line for line in calls if "splash_mha_fwd_segmented" in line]
     # Once for the loss and once more because the layer is rematerialised.
     assert len(forward) == 4 and all("[2,2,256,64]" in line for line in forward)
+
+
+PREFILL = """
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxllm.decoding.language_model import LanguageModel
+from jaxllm.kvcompress.decode import plan_caches
+from jaxllm.kvcompress.spec import parse_plan
+from jaxllm.models.decoder import DECODER_RULES, DecoderConfig, decoder
+from jaxllm.nn.attention import AttentionConfig
+from jaxllm.nn.mlp import MlpConfig
+from jaxllm.parallel.mesh import MeshConfig, make_mesh
+from jaxllm.parallel.sharding import batch_sharding, param_shardings
+
+topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
+mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
+config = DecoderConfig(64, 128, 3, AttentionConfig(4, 2, 64), MlpConfig(128))
+blueprint = decoder(config, jnp.bfloat16)
+model = LanguageModel("test", config, blueprint, None, None, ())
+places = param_shardings(blueprint.abstract_params, DECODER_RULES, mesh)
+params = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    blueprint.abstract_params,
+    places,
+)
+rows = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh))
+keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+plan = parse_plan("uniform:budget=64,window=8")
+with jax.set_mesh(mesh):
+    for caches in (None, plan_caches(plan, config, jnp.bfloat16)):
+        run = model.sampler(caches)._prefill
+        lowered = run.lower(params, {}, None, rows, rows, keys, slots=288, keep=False)
+        print(lowered.compile().as_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", FOUR_CHIPS)
+def test_a_tpu_runs_prompts_with_the_splash_kernel(topology):
+    """Into dense and compressed caches; the last layer has too few queries for the kernel."""
+    calls = [line for line in kernel_calls(PREFILL, topology) if "splash_mha_fwd" in line]
+    assert len(calls) == 2 * 2 and all("[2,2,256,64]" in line for line in calls)
