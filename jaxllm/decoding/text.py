@@ -218,7 +218,7 @@ class TextSampler:
         Raises:
           InputError: An empty prompt or an id outside the vocabulary.
         """
-        if self._vocabulary is None:  # Tracing the model takes a short prompt's twentieth.
+        if self._vocabulary is None:  # The model is traced for it, once.
             self._vocabulary = jax.eval_shape(self.build, params, extra).config.vocab_size
         for row, prompt in enumerate(prompts):
             if not len(prompt):

@@ -29,15 +29,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxllm.errors import InputError
-from jaxllm.nn.attention import attend
+from jaxllm.nn.attention import attend, causal_blocks
 from jaxllm.parallel.mesh import target_platform
 from jaxllm.parallel.sharding import constrain
 
 _QUERY_CHUNK = 256
 """Queries scored at once: a long prompt needs [B, N, 256, S] scores, not [B, N, T, S]."""
 _KERNEL_BLOCK = 128
-_PROMPT_BLOCK, _PROMPT_BLOCKS = 128, 4
-"""Fewest queries of a block, and the most blocks, of a prompt; each takes the keys that it sees."""
 _FEW_QUERIES = 8
 """Queries per key/value head of one decode step, about."""
 
@@ -185,20 +183,16 @@ def attend_prompt(
     if fused and plain and q.shape[1] == k.shape[1] >= _KERNEL_BLOCK:
         return _attend_causally(q, k, v, positions)
     q_BKGTH, k_BKSH, v_BKSH = grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
-    length, before = k.shape[1], k.shape[1] - q.shape[1]
-    size = max(_PROMPT_BLOCK, -(-length // _PROMPT_BLOCKS))
+    of_queries = positions[:, k.shape[1] - q.shape[1] :]
     blocks = []
-    for start in range(before, length, size):
-        stop = min(start + size, length)
-        # Positions ascend: nothing behind the block's last query is visible, nor before the window.
-        keys = slice(0 if window is None else max(start - window + 1, 0), stop)
+    # Positions ascend, so that places say what is out of sight whatever the padding.
+    for mine, keys in causal_blocks(q.shape[1], k.shape[1], window):
 
         def attention(q: jax.Array, at: jax.Array, keys: slice = keys) -> jax.Array:
             seen = visible(at, positions[:, keys], window)
             return attend_buffer(q, k_BKSH[:, :, keys], v_BKSH[:, :, keys], seen, soft_cap).out
 
-        part = q_BKGTH[:, :, :, start - before : stop - before]
-        blocks.append(by_query_chunks(attention, part, positions[:, start:stop]))
+        blocks.append(by_query_chunks(attention, q_BKGTH[:, :, :, mine], of_queries[:, mine]))
     return ungrouped(jnp.concatenate(blocks, axis=3)).astype(q.dtype)
 
 

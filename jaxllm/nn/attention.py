@@ -151,21 +151,33 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask) -> jax.Array:
     A causal block takes only keys that one of its queries sees: four blocks form 5/8 of the scores.
     """
     queries, keys = q.shape[1], k.shape[1]
-    ahead = keys - queries  # Query t and key t + ahead are at one position.
-    size = max(_XLA_BLOCK, -(-queries // _XLA_BLOCKS)) if mask.causal else queries
-    starts = range(0, queries, size)
-    sizes = [min(size, queries - start) for start in starts]
+    cuts = [(slice(0, queries), slice(0, keys))]
+    if mask.causal:
+        cuts = causal_blocks(queries, keys, mask.window)
     blocks = []
-    for start, part in zip(starts, jax.lax.split(q, sizes, axis=1), strict=True):
-        stop = start + part.shape[1]
-        first, last = 0, keys
-        if mask.causal:
-            last = max(stop + ahead, 1)
-        if mask.window is not None:
-            first = max(start + ahead - mask.window + 1, 0)
-        block = _Block(part, k[:, first:last], v[:, first:last], start, first, ahead)
+    parts = jax.lax.split(q, [mine.stop - mine.start for mine, _ in cuts], axis=1)
+    for part, (mine, seen) in zip(parts, cuts, strict=True):
+        block = _Block(part, k[:, seen], v[:, seen], mine.start, seen.start, keys - queries)
         blocks.append(_xla_block(block, mask))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def causal_blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Cuts causal attention into at most four blocks: queries, and the keys that they may see.
+
+    Args:
+      queries: T; the last query stands with the last key.
+      keys: S.
+      window: Keys that a query sees, itself included; None for all before it.
+    """
+    ahead = keys - queries  # Query t and key t + ahead are at one position.
+    size = max(_XLA_BLOCK, -(-queries // _XLA_BLOCKS))
+    cuts = []
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        first = 0 if window is None else max(start + ahead - window + 1, 0)
+        cuts.append((slice(start, stop), slice(first, max(stop + ahead, 1))))
+    return cuts
 
 
 class _Block(NamedTuple):

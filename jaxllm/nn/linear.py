@@ -56,19 +56,16 @@ def project(x: jax.Array, kernel: nnx.Variable, *, inputs: int = 1) -> jax.Array
     return flat.reshape(*leading, *outputs)
 
 
-def some_outputs(
-    kernel: nnx.Variable, axis: int, first: int, count: int, *, inputs: int = 1
-) -> nnx.Variable:
+def some_outputs(kernel: nnx.Variable, axis: int, first: int, count: int) -> nnx.Variable:
     """Returns the kernel of `count` places of one output axis, from `first` on.
 
     Args:
-      kernel: As `project` takes it.
+      kernel: As `project` takes it, with one input axis.
       axis: Which of the axes O.
       first: The first place.
       count: Places; all of them return `kernel` itself.
-      inputs: Number of axes in I.
     """
-    weights, at = kernel[...], axis if isinstance(kernel, OutputsFirst) else axis + inputs
+    weights, at = kernel[...], axis if isinstance(kernel, OutputsFirst) else axis + 1
     if count == weights.shape[at]:
         return kernel
     return type(kernel)(jax.lax.slice_in_dim(weights, first, first + count, axis=at))

@@ -175,7 +175,7 @@ def _gradients(
     by_hidden = jnp.einsum("tv,dv->td", by_logits, kernel)
     turned = hidden.T
     if target_platform() == "cpu":
-        # The backend's library of products takes [D, t] [t, V] only, a fifth faster. Without the
+        # The backend's library of products, its fastest, takes [D, t] [t, V] only. Without the
         # barrier the compiler makes the transposition a part of the product.
         turned = jax.lax.optimization_barrier(turned)
     return by_hidden, jnp.dot(turned, by_logits, preferred_element_type=jnp.float32)

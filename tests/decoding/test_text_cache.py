@@ -13,6 +13,7 @@ from kv_reference import attention_loops, counted, extend, extend_all, stream
 from jaxllm.decoding import text_cache
 from jaxllm.decoding.text_cache import attend_buffer, dense_cache, grouped, merge
 from jaxllm.errors import InputError
+from jaxllm.nn import attention
 
 
 def check(found, s, **options):
@@ -77,7 +78,7 @@ def test_long_prompts_are_scored_in_chunks_of_queries(monkeypatch):
     "options", [{}, {"window": 4, "soft_cap": 1.5}, {"window": 4, "rolling": True}], ids=str
 )
 def test_a_prompt_into_an_empty_cache_reads_nothing_but_itself(options, queries, monkeypatch):
-    monkeypatch.setattr(text_cache, "_PROMPT_BLOCK", 3)
+    monkeypatch.setattr(attention, "_XLA_BLOCK", 3)
     s = stream([11, 7, 4], 11, 2)
     whole, expected = extend(dense_cache(3, 2, 16, 8, **options), s.part(0, 11))
     empty, part = dense_cache(3, 2, 16, 8, **options).begin_prompt(), s.part(0, 11)
@@ -96,7 +97,7 @@ def test_a_prompt_does_not_score_what_it_cannot_see(monkeypatch):
     empty = dense_cache(3, 2, 16, 8).begin_prompt()
     shapes = str(jax.make_jaxpr(lambda c: c.extend(*part)[0])(empty))
     assert "3,2,2,11,11" in shapes and "3,2,2,11,16" not in shapes
-    monkeypatch.setattr(text_cache, "_PROMPT_BLOCK", 3)  # Four blocks see 3, 6, 9 and 11 keys.
+    monkeypatch.setattr(attention, "_XLA_BLOCK", 3)  # Four blocks see 3, 6, 9 and 11 keys.
     shapes = str(jax.make_jaxpr(lambda c: c.extend(*part)[0])(empty))
     assert all(s in shapes for s in ("3,2,2,3,3", "3,2,2,3,6", "3,2,2,3,9", "3,2,2,2,11"))
     assert "3,2,2,11,11" not in shapes

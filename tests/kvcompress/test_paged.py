@@ -132,21 +132,13 @@ def test_a_decode_step_through_the_kernel_equals_xla():
 
 
 PROGRAM = """
-import sys
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxllm.kvcompress.bucketed_cache import bucketed_cache
 from jaxllm.kvcompress.compress import Eviction
 from jaxllm.kvcompress.paged import pack
 from jaxllm.kvcompress.plan import plan_of
-from jaxllm.parallel.mesh import MeshConfig, make_mesh
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
-mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 plan = plan_of("test", [[96, 16, 16, 96]], 32, Eviction(), shards=2)
 place = NamedSharding(mesh, P())
 

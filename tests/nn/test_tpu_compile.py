@@ -6,20 +6,10 @@ import pytest
 from tpu_programs import FOUR_CHIPS, kernel_calls
 
 PROGRAM = """
-import sys
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-
 from jaxllm.images.code_models import code_loss
 from jaxllm.models.code_model import CODE_MODEL_RULES, code_model
 from jaxllm.models.dnd import DnDConfig
-from jaxllm.parallel.mesh import MeshConfig, make_mesh
-from jaxllm.parallel.sharding import batch_sharding, param_shardings
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
-mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 config = DnDConfig(
     codebook_size=64, grid=(8, 16), layers=2, heads=2, dim=128, mlp_hidden=128, num_classes=3
 )
@@ -34,16 +24,9 @@ def step(params, batch):
     return loss, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
 
-def placed(tree, places):
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
-
 rows = jax.ShapeDtypeStruct((4, 128, 2), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
-places = param_shardings(blueprint.abstract_params, CODE_MODEL_RULES, mesh)
 with jax.set_mesh(mesh):
-    params = placed(blueprint.abstract_params, places)
+    params = params_of(blueprint, CODE_MODEL_RULES)
     codes, label = placed(rows, (batch_sharding(mesh),) * 2)
     batch = {"codes": codes, "label": label}
     print(jax.jit(step).lower(params, batch).compile().as_text())
@@ -51,20 +34,10 @@ with jax.set_mesh(mesh):
 
 # Packed rows, alternating windows, capped scores: what a language model asks of the kernel.
 DECODER = """
-import sys
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-
 from jaxllm.models.decoder import DECODER_RULES, DecoderConfig, decoder
 from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
-from jaxllm.parallel.mesh import MeshConfig, make_mesh
-from jaxllm.parallel.sharding import batch_sharding, param_shardings
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
-mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 attention = AttentionConfig(4, 2, 64, soft_cap=30.0)
 config = DecoderConfig(64, 128, 4, attention, MlpConfig(128), windows=(64, None), remat="full")
 blueprint = decoder(config, jnp.bfloat16)
@@ -76,12 +49,7 @@ def loss(params, tokens, segments):
     return -jnp.mean(model.token_logprobs(hidden, jnp.roll(tokens, -1, axis=1)))
 
 
-places = param_shardings(blueprint.abstract_params, DECODER_RULES, mesh)
-params = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    blueprint.abstract_params,
-    places,
-)
+params = params_of(blueprint, DECODER_RULES)
 rows = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh))
 with jax.set_mesh(mesh):
     print(jax.jit(jax.grad(loss)).lower(params, rows, rows).compile().as_text())
@@ -111,32 +79,17 @@ def test_a_tpu_trains_packed_language_models_with_the_splash_kernel(topology):
 
 
 PREFILL = """
-import sys
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-
 from jaxllm.decoding.language_model import LanguageModel
 from jaxllm.kvcompress.decode import plan_caches
 from jaxllm.kvcompress.spec import parse_plan
 from jaxllm.models.decoder import DECODER_RULES, DecoderConfig, decoder
 from jaxllm.nn.attention import AttentionConfig
 from jaxllm.nn.mlp import MlpConfig
-from jaxllm.parallel.mesh import MeshConfig, make_mesh
-from jaxllm.parallel.sharding import batch_sharding, param_shardings
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
-mesh = make_mesh(MeshConfig(data=2, tensor=2), list(topology.devices))
 config = DecoderConfig(64, 128, 3, AttentionConfig(4, 2, 64), MlpConfig(128))
 blueprint = decoder(config, jnp.bfloat16)
 model = LanguageModel("test", config, blueprint, None, None, ())
-places = param_shardings(blueprint.abstract_params, DECODER_RULES, mesh)
-params = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    blueprint.abstract_params,
-    places,
-)
+params = params_of(blueprint, DECODER_RULES)
 rows = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh))
 keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
 plan = parse_plan("uniform:budget=64,window=8")
